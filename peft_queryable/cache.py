@@ -1,0 +1,128 @@
+"""Routing state that travels with a key/value cache.
+
+It is kept on the cache object, one [`RoutingState`] for each adapter and stack, and follows what generation does to
+the cache: reorder (beams), crop (assisted decoding), repeat, select, reset and deepcopy (shared prefixes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MethodType
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+_ATTRIBUTE = "queryable_lora"
+
+
+@dataclass
+class RoutingState:
+    """What an adapter's routes need of the tokens that a cache holds.
+
+    Args:
+        router: identity of the router whose states these are.
+        length: number of tokens of each row, padding included, that the state covers.
+        sums: per-token running sums, each [B, length, ...]: scope `causal`. A route of a later token starts from the
+            last of them, and cutting tokens off is cutting them short.
+        routes: weights of each block, each [B, 1, M]: the scopes whose routes stay as the prefill made them.
+        prefill_length: the shortest length that `routes` are still right for.
+    """
+
+    router: int
+    length: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    routes: dict[int, Tensor] = field(default_factory=dict)
+    prefill_length: int = 0
+
+    def extended(self, length: int, sums: dict[str, Tensor]) -> RoutingState:
+        """The state after `length` more tokens whose running sums are `sums`; this one stays as it is."""
+        if self.sums:
+            sums = {name: torch.cat([self.sums[name], new], dim=1) for name, new in sums.items()}
+        return RoutingState(self.router, self.length + length, sums, self.routes, self.prefill_length)
+
+    def map_rows(self, function) -> None:
+        """Replace every tensor by `function` of it, which acts on the batch dimension."""
+        self.sums = {name: function(t) for name, t in self.sums.items()}
+        self.routes = {block: function(t) for block, t in self.routes.items()}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length -= tokens_to_remove
+        self.sums = {name: t[:, : self.length] for name, t in self.sums.items()}
+        if self.length < self.prefill_length:
+            self.routes = {}  # they saw tokens that are gone; `load_state` refuses to go on from here
+
+
+def load_state(cache: Cache | None, key: tuple[str, str], router: int) -> RoutingState:
+    """The state that `cache` carries for `key` (adapter and stack), empty for an empty or missing cache.
+
+    Raises:
+        ValueError: if tokens were put into the cache without this adapter, under another one, or if it was cropped
+            into the prompt that fixed its routes.
+    """
+    length = cached_length(cache)
+    state = getattr(cache, _ATTRIBUTE, {}).get(key)
+    if length == 0:
+        return RoutingState(router)
+    adapter = key[0]
+    if state is None or state.router != router or state.length != length:
+        covered = 0 if state is None or state.router != router else state.length
+        raise ValueError(
+            f"The cache holds {length} tokens, but adapter {adapter!r} routed {covered} of them: the others went in "
+            "without it, under another adapter, or through another model. Start from an empty cache, or fill this one "
+            "with the adapter active."
+        )
+    if not state.sums and not state.routes:
+        raise ValueError(
+            f"The cache was cropped to {length} tokens, into the {state.prefill_length} that fixed the routes of "
+            f"adapter {adapter!r}. Start from an empty cache, or use `routing_scope='causal'`."
+        )
+    return state
+
+
+def cached_length(cache: Cache | None) -> int:
+    """Number of tokens of each row, padding included, that `cache` holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def store_state(cache: Cache, key: tuple[str, str], state: RoutingState) -> None:
+    """Keep `state` on `cache`, which from then on takes it along through its own operations."""
+    if not hasattr(cache, _ATTRIBUTE):
+        setattr(cache, _ATTRIBUTE, {})
+        for method in (_reorder_cache, _batch_repeat_interleave, _batch_select_indices, _crop, _reset):
+            # A bound method is copied with its object, so a deepcopy of the cache carries a copy of the state.
+            setattr(cache, method.__name__[1:], MethodType(method, cache))
+    getattr(cache, _ATTRIBUTE)[key] = state
+
+
+def _states(cache: Cache) -> list[RoutingState]:
+    return list(getattr(cache, _ATTRIBUTE).values())
+
+
+def _reorder_cache(self: Cache, beam_idx: Tensor) -> None:
+    type(self).reorder_cache(self, beam_idx)
+    for state in _states(self):
+        state.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+
+def _batch_repeat_interleave(self: Cache, repeats: int) -> None:
+    type(self).batch_repeat_interleave(self, repeats)
+    for state in _states(self):
+        state.map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+
+def _batch_select_indices(self: Cache, indices: Tensor) -> None:
+    type(self).batch_select_indices(self, indices)
+    for state in _states(self):
+        state.map_rows(lambda t: t[indices.to(t.device)])
+
+
+def _crop(self: Cache, tokens_to_remove: int) -> None:
+    type(self).crop(self, tokens_to_remove)
+    for state in _states(self):
+        state.crop(tokens_to_remove)
+
+
+def _reset(self: Cache) -> None:
+    type(self).reset(self)
+    getattr(self, _ATTRIBUTE).clear()

@@ -1,0 +1,147 @@
+"""Configuration of a Queryable LoRA adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import LoraConfig
+from peft.utils import PeftType
+
+ROUTING_SCOPES = ("auto", "causal", "prompt", "sequence")
+QUERY_TERMS = ("state", "depth", "instruction")
+
+# LoraConfig fields that have no meaning here, and why.
+_VARIANT = "it replaces the LoRA update B A by one that has no rank-space operator to route"
+_UNSUPPORTED_FIELDS = {
+    "use_dora": _VARIANT,
+    "velora_config": _VARIANT,
+    "alora_invocation_tokens": _VARIANT,
+    "use_qalora": _VARIANT,
+    "monteclora_config": _VARIANT,
+    "use_bdlora": _VARIANT,
+    "arrow_config": _VARIANT,
+    "kasa_config": _VARIANT,
+    "rank_pattern": "one bank of r x r atoms serves every adapted module, so all of them have the same rank r",
+    "layer_replication": "replicated layers would share the place of the layer they copy in the routing blocks",
+    "target_parameters": "only nn.Linear and transformers Conv1D modules can be adapted, not bare parameters",
+    "megatron_config": "Megatron's parallel layers split the rank space across processes",
+}
+
+
+@dataclass
+class QueryableLoraConfig(LoraConfig):
+    """Configuration of Queryable LoRA (https://arxiv.org/abs/2605.08423).
+
+    All fields of [`peft.LoraConfig`] that leave a plain LoRA keep their meaning; the update `B A` becomes
+    `B (I + g S) A` (Eq. 1). Every field is explained by its `help` metadata; docs/method.md has the method.
+
+    Raises:
+        ValueError: if a field is out of range, or if a `LoraConfig` field is set that cannot work here.
+    """
+
+    num_atoms: int = field(
+        default=16,
+        metadata={"help": "Number M of r x r atoms in the bank shared by the whole model (16: the paper's LLM runs)."},
+    )
+    top_k: int | None = field(
+        default=4,
+        metadata={
+            "help": "Number k of atoms a route mixes (Eq. 37); None mixes all of them (4: the paper's LLM runs)."
+        },
+    )
+    num_blocks: int = field(
+        default=4,
+        metadata={"help": "Number B of blocks that the layers of each stack are split into; one route per block."},
+    )
+    router_dim: int = field(
+        default=32,
+        metadata={"help": "Width d_k of queries and keys (32: keeps the adapter below the paper's size on Qwen2.5)."},
+    )
+    routing_scope: Literal["auto", "causal", "prompt", "sequence"] = field(
+        default="auto",
+        metadata={
+            "help": "Tokens averaged into the state that routes token t (Eq. 15): 'causal', those up to t; 'prompt', "
+            "those before the first supervised token; 'sequence', all of them; 'auto', 'causal' in a decoder stack "
+            "and 'sequence' elsewhere. Padding never counts."
+        },
+    )
+    attention_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature T_attn of the routing logits (Eq. 34)."}
+    )
+    depth_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature T_dep of the attention over earlier blocks (Eq. 28)."}
+    )
+    language_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature T_lang of the instruction's prior over atoms (Eq. 33)."}
+    )
+    instruction_dim: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width d_c of instruction embeddings; None creates no instruction parameters, and the adapter "
+            "takes no instruction."
+        },
+    )
+    instruction_strength: float = field(
+        default=1.0, metadata={"help": "Strength tau of the instruction's prior over atoms (Eq. 36)."}
+    )
+    instruction_query_weight: float = field(
+        default=1.0, metadata={"help": "Weight lambda of the instruction in the block query (Eq. 2)."}
+    )
+    query_terms: tuple[str, ...] = field(
+        default=QUERY_TERMS,
+        metadata={
+            "help": "Terms of the block query beside the block's prior (Eqs. 2, 29): any of 'state', 'depth' and "
+            "'instruction'; a term left out has no parameters."
+        },
+    )
+    init_gate: float = field(
+        default=0.5,
+        metadata={"help": "Initial value of every gate g = sigmoid(eta), between 0 and 1 (the paper states none)."},
+    )
+    init_atom_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Initial standard deviation of the atoms' entries, times sqrt(r) (the paper states none). It must "
+            "not be 0 with the default `init_lora_weights`: zero atoms give the router no gradient."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.QUERYABLE_LORA
+        self.query_terms = tuple(self.query_terms)  # JSON has lists only
+        self._refuse_unsupported_fields()
+        self._check_ranges()
+
+    def _refuse_unsupported_fields(self) -> None:
+        for name, reason in _UNSUPPORTED_FIELDS.items():
+            if value := getattr(self, name):
+                raise ValueError(f"QueryableLoraConfig does not support `{name}` (got {value!r}): {reason}.")
+        if self.init_lora_weights == "mica":
+            raise ValueError(f"QueryableLoraConfig does not support `init_lora_weights='mica'`: {_VARIANT}.")
+
+    def _check_ranges(self) -> None:
+        for name in ("r", "num_atoms", "num_blocks", "router_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_atoms:
+            raise ValueError(
+                f"`top_k` must be between 1 and `num_atoms`={self.num_atoms}, or None for all atoms, got {self.top_k}."
+            )
+        if self.instruction_dim is not None and self.instruction_dim < 1:
+            raise ValueError(
+                f"`instruction_dim` must be at least 1, or None for no instruction, got {self.instruction_dim}."
+            )
+        for name in ("attention_temperature", "depth_temperature", "language_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        for name in ("instruction_strength", "instruction_query_weight", "init_atom_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not 0 < self.init_gate < 1:
+            raise ValueError(f"`init_gate` must be between 0 and 1, both excluded, got {self.init_gate}.")
+        if self.routing_scope not in ROUTING_SCOPES:
+            raise ValueError(f"`routing_scope` must be one of {ROUTING_SCOPES}, got {self.routing_scope!r}.")
+        if unknown := [term for term in self.query_terms if term not in QUERY_TERMS]:
+            raise ValueError(f"`query_terms` must be among {QUERY_TERMS}, got {unknown}.")

@@ -1,0 +1,311 @@
+"""What one forward call of one stack carries from block to block, for each adapter at work in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .cache import RoutingState, cached_length, load_state, store_state
+from .pooling import Pool, Tokens, read_tokens
+from .router import Router
+
+if TYPE_CHECKING:
+    from .layer import QueryableLoraLayer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one adapter routes one stack.
+
+    Args:
+        adapter: name of the adapter.
+        router: its router.
+        scope: "causal", "prompt" or "sequence".
+        first_block: index, among the router's blocks, of the stack's first one.
+        num_blocks: number of blocks of the stack.
+    """
+
+    adapter: str
+    router: Router
+    scope: str
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """Route of one block: `weights` [B, K, M] over the atoms and, where K = 1, their mixture `operator` [B, r, r]."""
+
+    router: Router
+    weights: Tensor
+    operator: Tensor | None
+
+    def apply(self, states: Tensor, gate: Tensor) -> Tensor:
+        """t = s + g S s (Eq. 94) of `states` [B, T, r] under `gate` g [1]: [B, T, r] in the dtype of `states`."""
+        if self.operator is not None:
+            gated = gate.to(self.operator) * self.operator
+            return torch.baddbmm(states, states, gated.to(states).transpose(1, 2))
+        return states + gate.to(states) * self.router.mix(self.weights.to(states.device), states)
+
+
+class Routing:
+    """Routes of one adapter in one call: made block by block while the stack runs.
+
+    States are kept in slots by block, never appended to by position, so that a layer may run again in the backward
+    pass of gradient checkpointing (see [`Replay`]).
+
+    Args:
+        plan: how the adapter routes the stack.
+        tokens: the call's tokens.
+        batch: number B of rows of the call.
+        instruction: embedding [B, d_c] or [1, d_c], or None.
+        past: routing state of the tokens that the call's cache holds.
+        keeps_states: whether block states must outlive the mean made of them, for a replay.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tokens: Tokens,
+        batch: int,
+        instruction: Tensor | None,
+        past: RoutingState,
+        keeps_states: bool,
+    ) -> None:
+        self.plan, self.batch, self.instruction, self.past = plan, batch, instruction, past
+        self.keeps_states = keeps_states
+        self.pool = Pool(tokens, plan.scope)
+        self.counts: dict[int, Tensor] = {}  # by number of tokens a row
+        self.length = 0
+        self.sums: dict[str, Tensor] = {}  # running sums of this call's tokens, for the cache
+        self.routes: list[Route | None] = [None] * plan.num_blocks
+        self.means: list[Tensor | None] = [None] * plan.num_blocks  # pooled block means, [B, K, r]
+        self.states: list[list[Tensor]] = [[] for _ in range(plan.num_blocks)]  # rank states by block, each [B, T, r]
+        self.entries: list[QueryableLoraLayer | None] = [None] * plan.num_blocks
+
+    def route(self, block: int, layer: QueryableLoraLayer, entry_states: Callable[[], Tensor]) -> Route:
+        """The route of `block`, made from `entry_states()` [B, T, r] by the first layer that asks."""
+        route = self.routes[block]
+        if route is None:
+            self.entries[block] = layer
+            self.routes[block], mean = route, _ = self.make_route(block, entry_states)
+            if block > 0:
+                self.means[block - 1] = mean
+                if not self.keeps_states:
+                    self.states[block - 1] = []
+        return route
+
+    def keep(self, block: int, states: Tensor) -> None:
+        """Take `states` [B, T, r] of one adapted module into the mean of its block (Algorithm 2, line 43)."""
+        self.length = states.shape[1]
+        is_read_later = block + 1 < self.plan.num_blocks and self.plan.router.uses_depth and not self.past.routes
+        if is_read_later and self.routes[block + 1] is None:
+            self.states[block].append(states)
+
+    def make_route(self, block: int, entry_states: Callable[[], Tensor]) -> tuple[Route, Tensor | None]:
+        """The route of `block` and the mean of the block before it; changes nothing that a replay reads."""
+        router = self.plan.router
+        if self.past.routes:  # the prefill fixed it
+            weights, mean = self.past.routes[block], None
+        else:
+            mean = self._block_mean(block - 1) if block > 0 and self.states[block - 1] else None
+            state = self._pooled(f"entry.{block}", entry_states())
+            means = [m for m in (*self.means[: max(block - 1, 0)], mean) if m is not None]
+            device = router.keys.weight.device
+            weights = router(
+                self.plan.first_block + block, state.to(device), [m.to(device) for m in means], self.instruction
+            )
+        operator = router.operator(weights) if weights.shape[1] == 1 else None
+        return Route(router, weights, operator), mean
+
+    def _block_mean(self, block: int) -> Tensor:
+        """Mean over the block's adapted modules of their pooled states (Algorithm 2, line 45): [B, K, r]."""
+        states = [s.to(self.states[block][0].device) for s in self.states[block]]
+        if len({s.shape for s in states}) == 1:
+            # Pooling is linear: one pooling of the modules' mean, not one a module.
+            states = [torch.stack(states).to(torch.promote_types(states[0].dtype, torch.float32)).mean(0)]
+        return torch.stack([self._pooled(f"mean.{block}", s) for s in states]).mean(0)
+
+    def _pooled(self, name: str, states: Tensor) -> Tensor:
+        """Mean of `states` [B, T, r] over the tokens that the scope sees (Eq. 15): [B, K, r]."""
+        length = states.shape[1]
+        if length not in self.counts:
+            self.counts[length] = self._continued("count", self.pool.count(states))
+        sums = self._continued(name, self.pool.sum(states))
+        return sums / self.counts[length].to(sums.device).clamp(min=1)
+
+    def _continued(self, name: str, sums: Tensor) -> Tensor:
+        """Running sums [B, T, ...] of the call, continued from those of the cached tokens."""
+        if not self.pool.causal:
+            return sums
+        if self.past.sums:
+            sums = sums + self.past.sums[name][:, -1:].to(sums.device)
+        self.sums[name] = sums
+        return sums
+
+    def state(self) -> RoutingState:
+        """What the call's cache has to carry for the tokens to come."""
+        if self.plan.scope == "causal":
+            return self.past.extended(self.length, self.sums)
+        if self.past.routes:
+            return self.past.extended(self.length, {})
+        routes = {block: route.weights[:, -1:] for block, route in enumerate(self.routes) if route is not None}
+        return RoutingState(self.past.router, self.length, routes=routes, prefill_length=self.length)
+
+    def seal(self) -> None:
+        """Cut what a replay reads off the graph: the graph holds the replay, and must not be held by it in turn."""
+        self.sums = {}
+        self.states = [[_leaf(s) for s in states] for states in self.states]
+        self.means = [None if m is None else _leaf(m) for m in self.means]
+        self.routes = [
+            None
+            if route is None
+            else Route(route.router, _leaf(route.weights), None if route.operator is None else _leaf(route.operator))
+            for route in self.routes
+        ]
+
+
+class Replay:
+    """A finished [`Routing`] as seen by layers that gradient checkpointing runs again in the backward pass.
+
+    The layer that made a route makes it again, because what it saved for the backward pass has to be saved again; all
+    others find the route that was made. Nothing is kept: blocks come back last first, and any number of times.
+    """
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing, self.batch = routing, routing.batch
+
+    def route(self, block: int, layer: QueryableLoraLayer, entry_states: Callable[[], Tensor]) -> Route:
+        if self.routing.entries[block] is layer:
+            return self.routing.make_route(block, entry_states)[0]
+        route = self.routing.routes[block]
+        assert route is not None  # every layer that runs again has run before
+        return route
+
+    def keep(self, block: int, states: Tensor) -> None:
+        pass
+
+
+@dataclass
+class CallInputs:
+    """Inputs of the outermost call that concern routing. The base model sees only the labels.
+
+    Args:
+        labels: [B, T], -100 where unsupervised, aligned with the tokens they are the targets of.
+        prompt_mask: [B, T] bool or 0/1, True for prompt tokens.
+        prompt_length: number of leading tokens that are the prompt: those that `generate` was called with.
+        instruction_embeds: [B, d_c] or [1, d_c].
+    """
+
+    labels: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    prompt_length: int | None = None
+    instruction_embeds: Tensor | None = None
+
+
+class Context:
+    """One call of a stack: its tokens, its cache, and each adapter's routing.
+
+    Args:
+        name: name of the stack.
+        plans: by adapter, how it routes the stack.
+        inputs: inputs of the outermost call.
+        takes_labels: whether labels and prompts of `inputs` speak of this stack's tokens.
+        args: positional arguments of the call.
+        kwargs: its keyword arguments.
+        is_checkpointing: whether layers will run again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plans: dict[str, Plan],
+        inputs: CallInputs,
+        takes_labels: bool,
+        args: tuple,
+        kwargs: dict[str, Any],
+        is_checkpointing: bool,
+    ) -> None:
+        self.name, self.plans, self.inputs, self.is_checkpointing = name, plans, inputs, is_checkpointing
+        self.cache = _find_cache(chain(args, kwargs.values()))
+        tensor = _leading_tensor(args, kwargs)
+        self.batch = tensor.shape[0]
+        self.tokens = read_tokens(
+            tensor,
+            kwargs,
+            past=cached_length(self.cache),
+            labels=inputs.labels if takes_labels else None,
+            prompt_mask=inputs.prompt_mask if takes_labels else None,
+            prompt_length=inputs.prompt_length if takes_labels else None,
+        )
+        self.routings: dict[str, Routing] = {}
+
+    def routing(self, adapter: str) -> Routing:
+        if adapter not in self.routings:
+            plan = self.plans[adapter]
+            past = load_state(self.cache, (adapter, self.name), id(plan.router))
+            self.routings[adapter] = Routing(
+                plan, self.tokens, self.batch, self._instruction(plan), past, keeps_states=self.is_checkpointing
+            )
+        return self.routings[adapter]
+
+    def _instruction(self, plan: Plan) -> Tensor | None:
+        """Embeddings of the call's rows [B, d_c] or [1, d_c]."""
+        embeds = self.inputs.instruction_embeds
+        if embeds is None or plan.router.instruction_dim is None:
+            return None
+        rows = embeds.shape[0]
+        if self.inputs.prompt_length is not None and self.batch % rows == 0:
+            return embeds.repeat_interleave(self.batch // rows, dim=0)  # generate repeats rows, for beams say
+        if rows not in (1, self.batch):
+            raise ValueError(
+                f"`instruction_embeds` has {rows} rows in a call of batch size {self.batch}: pass one row, or one for "
+                "each row of the batch."
+            )
+        return embeds
+
+    def close(self, output: Any) -> None:
+        """End the call: put routing states on its cache, and ready it for a replay."""
+        values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
+        cache = self.cache if self.cache is not None else _find_cache(values)
+        for adapter, routing in self.routings.items():
+            if cache is not None:
+                store_state(cache, (adapter, self.name), routing.state())
+            if self.is_checkpointing:
+                routing.seal()
+
+    def replay(self) -> ReplayContext:
+        return ReplayContext({adapter: Replay(routing) for adapter, routing in self.routings.items()})
+
+
+@dataclass(frozen=True)
+class ReplayContext:
+    """A finished [`Context`] as seen by layers that run again in the backward pass."""
+
+    replays: dict[str, Replay]
+
+    def routing(self, adapter: str) -> Replay:
+        return self.replays[adapter]
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_(t.requires_grad)
+
+
+def _find_cache(values: Iterable[Any]) -> Cache | None:
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def _leading_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that tells a call's rows and tokens: token ids or hidden states if there are any, else the first."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
+    for value in chain(args, named, kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value
+    raise ValueError("A call without any tensor among its arguments cannot be routed: its batch size is not known.")

@@ -1,0 +1,147 @@
+"""The adapted module: a rank-space update of one linear layer, routed by its block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from .config import QueryableLoraConfig
+from .router import Table
+
+if TYPE_CHECKING:
+    from .stack import Stack
+
+MERGE_REFUSAL = (
+    "A Queryable LoRA adapter cannot be merged into the base weights: its update B (I + g S) A depends on the input "
+    "through S. Keep it as an adapter (in TRL: `use_vllm=False`), or `unload()` to drop it."
+)
+
+
+@dataclass
+class Place:
+    """Where one adapter's module stands.
+
+    Args:
+        stack: the run of layers it belongs to.
+        block: index of its block in that stack.
+        entry_group: the adapted query, key and value projections that read the module's input, itself included, whose
+            mean state is the entry state if the module is its block's entry (Eq. 16); just itself elsewhere.
+    """
+
+    stack: Stack
+    block: int
+    entry_group: list[QueryableLoraLayer] = field(default_factory=list)
+
+
+class QueryableLoraLayer(LoraLayer):
+    """LoRA factors of one module, with a gate logit beside them; one of each for every adapter."""
+
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    scaling: dict[str, float]
+    queryable_lora_gate: Any
+
+    adapter_layer_names: tuple[str, ...] = (*LoraLayer.adapter_layer_names, "queryable_lora_gate")
+    other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, "places")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.queryable_lora_gate = nn.ModuleDict()  # eta
+        self.places: dict[str, Place] = {}
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: QueryableLoraConfig, **kwargs: Any
+    ) -> None:
+        gate = Table(1)
+        nn.init.constant_(gate.weight, torch.logit(torch.tensor(config.init_gate, dtype=torch.float64)).item())
+        self.queryable_lora_gate[adapter_name] = gate
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(MERGE_REFUSAL)
+
+    def unmerge(self) -> None:
+        """Nothing to do: the adapter is never merged."""
+
+
+class Linear(nn.Module, QueryableLoraLayer):
+    """A linear layer with routed low-rank updates.
+
+        output = W h + bias + (alpha / r) B (I + g S) A dropout(h)        (Eqs. 1, 92 to 95)
+
+    S [r, r] is the operator that the module's block routes its sequence to, or, in scope `causal`, its token. It
+    depends on the input, so the update can neither be merged nor written as one weight.
+
+    Args:
+        base_layer: an `nn.Linear` (quantised ones included) or a transformers `Conv1D`; never read, only called.
+        adapter_name: name of the first adapter.
+        config: its configuration.
+
+    Shape:
+        - input: [B, in], [B, T, in], [B, ..., in] or, flattened, [B T, in], where B is the batch of the call.
+        - output: the same with `out` in place of `in`, in the dtype of the base layer's output.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QueryableLoraConfig, **kwargs: Any) -> None:
+        super().__init__()
+        QueryableLoraLayer.__init__(self, base_layer)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)  # what PEFT's initialisations ask for
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                result = self._add_update(result, x, adapter)
+        return result.to(dtype)
+
+    def _add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        lora_A, lora_B, place = self.lora_A[adapter], self.lora_B[adapter], self.places[adapter]
+        routing = place.stack.routing(adapter)
+        x = self.lora_dropout[adapter](self._cast_input_dtype(x, lora_A.weight.dtype))
+        states = self._by_row(lora_A(x), routing.batch)  # s, [B, T, r]
+        route = routing.route(place.block, self, lambda: self._entry_states(adapter, x, states))
+        routing.keep(place.block, states)
+        if route.weights.shape[1] not in (1, states.shape[1]):
+            raise ValueError(
+                f"A module got {states.shape[1]} tokens a row, but its block routes {route.weights.shape[1]}: it sees "
+                "other tokens than its stack. Exclude it with `exclude_modules`."
+            )
+        states = route.apply(states, self.queryable_lora_gate[adapter].weight.sigmoid())  # t
+        # One addmm scales and adds: result + (alpha / r) B t (Eq. 95).
+        flat = result.reshape(-1, result.shape[-1]).to(states.dtype)
+        flat = torch.addmm(flat, states.flatten(0, 1), lora_B.weight.T, alpha=self.scaling[adapter])
+        if lora_B.bias is not None:
+            flat = flat + self.scaling[adapter] * lora_B.bias
+        return flat.view(result.shape)
+
+    def _entry_states(self, adapter: str, x: Tensor, states: Tensor) -> Tensor:
+        """Token states that the block's entry state averages, [B, T, r]: Eq. 16 in an attention block."""
+        group = self.places[adapter].entry_group
+        if len(group) == 1:
+            return states
+        # The mean of the projections' states is the state of the projections' mean.
+        weight = torch.stack([layer.lora_A[adapter].weight.to(x) for layer in group]).mean(0)
+        return F.linear(x, weight).reshape(states.shape)
+
+    @staticmethod
+    def _by_row(states: Tensor, batch: int) -> Tensor:
+        """Rank states [B, ..., r] or [B T, r] as [B, T, r]."""
+        if states.shape[0] % batch != 0:
+            raise ValueError(
+                f"A module got activations whose leading dimension is {states.shape[0]} in a call of batch size "
+                f"{batch}, so they are not the call's tokens row by row and cannot be routed. Exclude the module with "
+                "`exclude_modules`."
+            )
+        return states.reshape(batch, -1, states.shape[-1])

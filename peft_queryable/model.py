@@ -1,0 +1,352 @@
+"""The tuner: injection of adapted modules, the shared bank and router, stacks and blocks, adapter management."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .config import QueryableLoraConfig
+from .context import CallInputs, Plan
+from .layer import MERGE_REFUSAL, Linear, Place, QueryableLoraLayer
+from .router import Router
+from .stack import Stack, entry_groups, find_stacks, is_decoder, split_into_blocks
+
+ROUTER = "queryable_lora_router"
+
+
+class QueryableLoraModel(BaseTuner):
+    """Queryable LoRA (https://arxiv.org/abs/2605.08423) around a model: use it through `peft.get_peft_model`.
+
+    One bank of atoms and one router serve all adapted modules of an adapter. They live here, in
+    `queryable_lora_router[adapter]`, once; adapted modules find them through the stack they belong to.
+
+    Args:
+        model: the base model, any `nn.Module`.
+        config: the adapter's configuration.
+        adapter_name: its name.
+        low_cpu_mem_usage: create weights on the meta device, to be loaded.
+        state_dict: not supported: adapters are injected by their configuration.
+    """
+
+    prefix: str = "lora_"
+    tuner_layer_cls = QueryableLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    uses_shared_state = True  # PEFT then refuses to inject layers without the tuner that owns the bank
+
+    def _pre_injection_hook(self, model: nn.Module, config: QueryableLoraConfig, adapter_name: str) -> None:
+        self.queryable_lora_router = nn.ModuleDict()
+        self.stacks: dict[str, Stack] = {}
+        self.inputs = CallInputs()
+        self.call_hooks = [
+            model.register_forward_pre_hook(self._open_call, with_kwargs=True),
+            model.register_forward_hook(self._close_call, always_call=True),
+        ]
+        if hasattr(model, "generate"):
+            self.base_generate = model.generate
+            model.generate = self._generate  # whichever PEFT or TRL class asks for it
+
+    # Injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, QueryableLoraLayer) and adapter_name in module.lora_A
+        }
+        config = self.peft_config[adapter_name]
+        stacks = find_stacks(model, list(layers))
+        blocks = {owner: split_into_blocks(len(names), config.num_blocks) for owner, names in stacks.items()}
+        num_blocks = sum(block[-1] + 1 for block in blocks.values())
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            router = _create_router(config, num_blocks)
+        weight = next(iter(layers.values())).lora_A[adapter_name].weight
+        router.to(dtype=weight.dtype) if low_cpu_mem_usage else router.to(weight)
+        self.queryable_lora_router[adapter_name] = router
+        self._place(model, adapter_name, layers, stacks, blocks)
+        self._sync_requires_grad(inference_mode=config.inference_mode)
+
+    def _place(
+        self,
+        model: nn.Module,
+        adapter: str,
+        layers: dict[str, QueryableLoraLayer],
+        stacks: dict[str, list[list[str]]],
+        blocks: dict[str, list[int]],
+    ) -> None:
+        """Tell every adapted module its stack, its block and its entry group."""
+        router = self.queryable_lora_router[adapter]
+        scope = self.peft_config[adapter].routing_scope
+        first_block = 0
+        for owner_name, names_by_layer in stacks.items():
+            owner = model.get_submodule(owner_name)
+            is_causal = is_decoder(owner)
+            if owner_name not in self.stacks:
+                takes_labels = is_causal or not isinstance(model, PreTrainedModel)
+                self.stacks[owner_name] = Stack(owner_name, owner, self.inputs, takes_labels)
+            stack = self.stacks[owner_name]
+            num_blocks = blocks[owner_name][-1] + 1
+            resolved = ("causal" if is_causal else "sequence") if scope == "auto" else scope
+            stack.plans[adapter] = Plan(adapter, router, resolved, first_block, num_blocks)
+            groups = entry_groups([name for names in names_by_layer for name in names])
+            for names, block in zip(names_by_layer, blocks[owner_name], strict=True):
+                for name in names:
+                    layers[name].places[adapter] = Place(stack, block, [layers[peer] for peer in groups[name]])
+            first_block += num_blocks
+
+    def _create_and_replace(
+        self,
+        config: QueryableLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        self._check_target(target, parent, current_key)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), current_key), config.lora_alpha)
+        if isinstance(target, QueryableLoraLayer):
+            target.update_layer(adapter_name, config.r, lora_alpha=alpha, config=config, target_name=current_key)
+            return
+        layer = Linear(target, adapter_name, config=config, r=config.r, lora_alpha=alpha, target_name=current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trainable until it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_target(self, target: nn.Module, parent: nn.Module, name: str) -> None:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        remedy = "Leave it out of `target_modules`, or name it in `exclude_modules`."
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, QueryableLoraLayer):
+            raise ValueError(f"Module {name!r} already carries an adapter of type {type(target).__name__}. {remedy}")
+        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"Module {name!r} belongs to an nn.MultiheadAttention, which reads its weight without calling it, so "
+                f"an adapter on it would do nothing. {remedy}"
+            )
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"Module {name!r} is a {type(base_layer).__name__}; Queryable LoRA adapts torch.nn.Linear and "
+                f"transformers Conv1D. {remedy}"
+            )
+        if ".experts." in f".{name}.":
+            raise ValueError(
+                f"Module {name!r} belongs to an expert, which gets loose tokens: their sequence, and so their route, "
+                f"is not known there. {remedy}"
+            )
+        if isinstance(self.model, PreTrainedModel) and base_layer is self._output_embeddings():
+            raise ValueError(
+                f"Module {name!r} is the language model's head: it runs outside the layers that are routed, and in "
+                f"generation on a part of the tokens only. {remedy} `modules_to_save` trains it in full."
+            )
+
+    def _output_embeddings(self) -> nn.Module | None:
+        head = self.model.get_output_embeddings()
+        return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+
+    # Calls
+
+    def _open_call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Keep the inputs of the outermost call that routing needs, and take from it those that are ours alone."""
+        kwargs = dict(kwargs)
+        self.inputs.labels = kwargs.get("labels")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and self.inputs.labels is not None:
+            # There, the label of a position is the token of the next one.
+            self.inputs.labels = nn.functional.pad(self.inputs.labels, (1, -1), value=-100)
+        self.inputs.prompt_mask = kwargs.pop("prompt_mask", None)
+        if (embeds := kwargs.pop("instruction_embeds", None)) is not None:
+            self.inputs.instruction_embeds = self._checked_instruction(embeds)
+        return args, kwargs
+
+    def _close_call(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self.inputs.labels = self.inputs.prompt_mask = None
+        if self.inputs.prompt_length is None:  # else the call is a step of `generate`, which ends it
+            self.inputs.instruction_embeds = None
+
+    def _generate(self, *args: Any, instruction_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, for every step of which the prompt stays what it is called with.
+
+        Args:
+            instruction_embeds: [B, d_c] or [1, d_c], for all steps.
+
+        Raises:
+            ValueError: for chunked prefill, unless every route is `causal`.
+        """
+        self._check_prefill(kwargs)
+        self.inputs.prompt_length = self._prompt_length(args, kwargs)
+        try:
+            if instruction_embeds is not None:
+                self.inputs.instruction_embeds = self._checked_instruction(instruction_embeds)
+            return self.base_generate(*args, **kwargs)
+        finally:
+            self.inputs.prompt_length = self.inputs.instruction_embeds = None
+
+    def _prompt_length(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        if self.get_model_config(self.model).get("is_encoder_decoder"):
+            prompt = kwargs.get("decoder_input_ids")
+            return 1 if prompt is None else prompt.shape[1]  # generate starts from one start token
+        names = ("input_ids", "inputs", "inputs_embeds")
+        prompts = [value for value in (*args[:1], *map(kwargs.get, names)) if isinstance(value, Tensor)]
+        return max((prompt.shape[1] for prompt in prompts), default=1)
+
+    def _check_prefill(self, kwargs: dict[str, Any]) -> None:
+        config = kwargs.get("generation_config", getattr(self.model, "generation_config", None))
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        scopes = {
+            stack.plans[a].scope for stack in self.stacks.values() for a in self.active_adapters if a in stack.plans
+        }
+        if chunk is not None and scopes - {"causal"}:
+            raise ValueError(
+                f"`prefill_chunk_size` cannot be used with routing scope {sorted(scopes - {'causal'})}: the route of "
+                "the first chunk depends on the last. Use `routing_scope='causal'`, or prefill in one chunk."
+            )
+
+    def _checked_instruction(self, embeds: Tensor) -> Tensor:
+        for adapter in self.active_adapters:
+            dim = self.peft_config[adapter].instruction_dim
+            if dim is None:
+                raise ValueError(
+                    f"`instruction_embeds` was given, but adapter {adapter!r} takes no instruction: it was made with "
+                    "`instruction_dim=None`. Leave the instruction out, or train an adapter with `instruction_dim`."
+                )
+            if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[1] != dim:
+                shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+                raise ValueError(
+                    f"`instruction_embeds` must be a tensor of shape [batch, {dim}] or [1, {dim}] for adapter "
+                    f"{adapter!r}, got {shape}."
+                )
+        return embeds
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "Queryable LoRA does not support several adapters in one batch (`adapter_names`) yet: run the "
+                "examples of each adapter in a batch of their own, after `set_adapter`."
+            )
+        yield
+
+    # Adapter management: the bank is a part of its adapter
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._sync_requires_grad(inference_mode=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.queryable_lora_router:
+                self.queryable_lora_router[name].requires_grad_(requires_grad)
+
+    def _sync_requires_grad(self, inference_mode: bool = False) -> None:
+        for name, router in self.queryable_lora_router.items():
+            router.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._sync_requires_grad(inference_mode=not enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        del self.queryable_lora_router[adapter_name]
+        for stack in self.stacks.values():
+            stack.plans.pop(adapter_name, None)
+        self._sync_requires_grad()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        router = self.queryable_lora_router[adapter_name]
+        if autocast_adapter_dtype and router.keys.weight.dtype in (torch.float16, torch.bfloat16):
+            router.to(torch.float32)
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_REFUSAL)
+
+    def unload(self) -> nn.Module:
+        model = super().unload()
+        if hasattr(self, "base_generate"):
+            model.generate = self.base_generate
+        for hook in self.call_hooks:
+            hook.remove()
+        for stack in self.stacks.values():
+            stack.remove()
+        return model
+
+    # Saving and loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        head, separator, tail = key.partition(f"{ROUTER}.{adapter_name}.")
+        return f"{head}{ROUTER}.{tail}" if separator else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's remapping, and a check it leaves to us: PEFT loads non-strictly, and random weights would pass."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        problems = [f"{key}: missing" for key in expected if key not in remapped]
+        problems += [
+            f"{key}: {tuple(remapped[key].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
+            for key, tensor in expected.items()
+            if key in remapped and remapped[key].shape != tensor.shape
+        ]
+        if problems:
+            raise ValueError(
+                f"The checkpoint does not fit adapter {adapter_name!r}; {len(problems)} of its tensors are missing or "
+                f"have another shape: {'; '.join(problems[:5])}{'; ...' if len(problems) > 5 else ''}. Load it with "
+                "the `adapter_config.json` it was saved with, onto the base model it was trained on; if the file is "
+                "damaged, fetch it again."
+            )
+        return remapped
+
+
+def _create_router(config: QueryableLoraConfig, num_blocks: int) -> Router:
+    starts_at_zero = config.init_lora_weights in (True, "gaussian", "eva")
+    return Router(
+        rank=config.r,
+        num_atoms=config.num_atoms,
+        top_k=config.top_k,
+        num_blocks=num_blocks,
+        dim=config.router_dim,
+        instruction_dim=config.instruction_dim,
+        attention_temperature=config.attention_temperature,
+        depth_temperature=config.depth_temperature,
+        language_temperature=config.language_temperature,
+        instruction_strength=config.instruction_strength,
+        instruction_query_weight=config.instruction_query_weight,
+        query_terms=config.query_terms,
+        # Initialisations that move a part of the base weight into B A are an identity only while S = 0.
+        atom_scale=config.init_atom_scale if starts_at_zero or config.init_lora_weights is False else 0.0,
+    )

@@ -1,0 +1,191 @@
+"""Which tokens a route sees: real tokens, sequences, prompts, and means over them (Eq. 15 and METHOD's scopes).
+
+Rank states come as [B, T, r]: B rows of T tokens. A row is one sequence, or several packed one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # label of unsupervised tokens, as in transformers
+
+
+@dataclass
+class Tokens:
+    """The tokens of one call; None means "all of them" for a mask and "one sequence a row" for `segments`.
+
+    Args:
+        real: [B, T] bool, False for padding.
+        prompt: [B, T] bool, True before the first supervised token of the token's sequence.
+        given: [B, T] bool, True for the tokens that `generate` was called with.
+        segments: [B, T] int64, index of the token's sequence within its packed row, in order from 0.
+    """
+
+    real: Tensor | None = None
+    prompt: Tensor | None = None
+    given: Tensor | None = None
+    segments: Tensor | None = None
+
+
+def real_tokens(attention_mask: Any, batch: int) -> Tensor | None:
+    """Real tokens [B, S], cached ones included, told from the mask that attention gets; None if it masks none.
+
+    `attention_mask` is what transformers passes to a stack of layers: None; [B, S], over cached tokens too;
+    [B, 1, T, S], bool or additive; or a dict of such masks, one a layer type. In a mask of four dimensions, a token is
+    real if some query of the call may attend to it.
+
+    Raises:
+        ValueError: for a mask of another shape.
+    """
+    if isinstance(attention_mask, Mapping):  # one a layer type; sliding windows hide tokens, so the widest is meant
+        masks = [m for name, m in attention_mask.items() if name == "full_attention"] or list(attention_mask.values())
+        attention_mask = masks[0]
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.ndim == 2:
+        return attention_mask.bool().expand(batch, -1)
+    if attention_mask.ndim == 4:
+        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+        return visible[:, 0].any(-2).expand(batch, -1)  # [B, S]
+    raise ValueError(
+        f"An attention mask of shape {tuple(attention_mask.shape)} does not tell which tokens are padding: pass one "
+        "of shape [batch, tokens] or [batch, 1, queries, keys]."
+    )
+
+
+def packed_segments(kwargs: Mapping[str, Any], batch: int) -> Tensor | None:
+    """Sequence index [B, T] of each token of packed rows, or None where every row is one sequence.
+
+    Takes what collators of packed batches send: `seq_idx`, `cu_seq_lens_q` or `position_ids` that restart. As in
+    transformers' own attention, position_ids mean packing only without an attention mask and without a filled cache.
+    """
+    if isinstance(seq_idx := kwargs.get("seq_idx"), Tensor):
+        return seq_idx.long().expand(batch, -1)
+    positions = kwargs.get("position_ids")
+    if isinstance(bounds := kwargs.get("cu_seq_lens_q"), Tensor) and isinstance(positions, Tensor):
+        index = torch.arange(positions.shape[-1], device=bounds.device)
+        return torch.bucketize(index, bounds[1:], right=True).expand(batch, -1)
+    if kwargs.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+        return None
+    restarts = torch.diff(positions, dim=-1) != 1
+    return torch.nn.functional.pad(restarts, (1, 0)).cumsum(-1).expand(batch, -1)
+
+
+def prompt_tokens(labels: Tensor | None, prompt_mask: Tensor | None, segments: Tensor | None) -> Tensor | None:
+    """Tokens [B, T] before the first supervised one of their sequence; None where nothing marks a prompt.
+
+    Args:
+        labels: [B, T], -100 where unsupervised.
+        prompt_mask: [B, T] bool or 0/1, True for prompt tokens; wins over `labels`.
+        segments: as in [`Tokens`].
+    """
+    if prompt_mask is not None:
+        supervised = ~prompt_mask.bool()
+    elif labels is not None:
+        supervised = labels != IGNORE_INDEX
+    else:
+        return None
+    return segment_cumsum(supervised.long().unsqueeze(-1), segments).squeeze(-1) == 0
+
+
+def segment_cumsum(x: Tensor, segments: Tensor | None) -> Tensor:
+    """Running sums of `x` [B, T, r] along T that restart with every segment [B, T]."""
+    if segments is None:
+        return x.cumsum(1)
+    # float64, so that subtracting what earlier sequences of a packed row add up to leaves their rounding behind.
+    sums = x.double().cumsum(1) if x.is_floating_point() else x.cumsum(1)
+    index = torch.arange(x.shape[1], device=x.device).expand_as(segments)
+    is_first = torch.nn.functional.pad(torch.diff(segments, dim=-1) != 0, (1, 0), value=True)
+    start = torch.where(is_first, index, 0).cummax(-1).values.unsqueeze(-1).expand_as(x)  # first token of the segment
+    return (sums - (sums - x).gather(1, start)).to(x.dtype)
+
+
+def segment_sum(x: Tensor, segments: Tensor | None) -> Tensor:
+    """Sums of `x` [B, T, r] over each segment [B, T], at every one of its tokens: [B, T, r]; [B, 1, r] for rows."""
+    if segments is None:
+        return x.sum(1, keepdim=True)
+    index = segments.unsqueeze(-1).expand_as(x)
+    return torch.zeros_like(x).scatter_add(1, index, x).gather(1, index)
+
+
+def read_tokens(
+    inputs: Tensor,
+    kwargs: Mapping[str, Any],
+    past: int = 0,
+    labels: Tensor | None = None,
+    prompt_mask: Tensor | None = None,
+    prompt_length: int | None = None,
+) -> Tokens:
+    """The tokens of a call of a stack.
+
+    Args:
+        inputs: token ids [B, T] or hidden states [B, T, ...] of the call, or inputs [B, ...] of another kind.
+        kwargs: keyword arguments of the stack's call, as transformers passes them.
+        past: number of tokens of each row that the call's cache holds.
+        labels: [B, T], of the tokens they stand at; see [`prompt_tokens`].
+        prompt_mask: [B, T]; see [`prompt_tokens`].
+        prompt_length: number of leading tokens of each row that are its prompt.
+    """
+    batch = inputs.shape[0]
+    segments = packed_segments(kwargs, batch) if past == 0 else None
+    if labels is not None and (labels.ndim != 2 or labels.is_floating_point()):
+        labels = None  # of whole sequences, not of tokens
+    real = real_tokens(kwargs.get("attention_mask"), batch)
+    if real is not None and past > 0:
+        real = real[:, past:]  # of the call's own tokens
+    given = None
+    if prompt_length is not None and past == 0:
+        given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
+    return Tokens(real, prompt_tokens(labels, prompt_mask, segments), given, segments)
+
+
+class Pool:
+    """Sums of rank states over the tokens that a scope lets a route see, for one call of one stack.
+
+    Args:
+        tokens: the call's tokens.
+        scope: "causal": position t sees the real tokens up to t, and there is one sum a token. "prompt" and
+            "sequence": it sees all real tokens of its sequence, those of the prompt alone in "prompt", and there is
+            one sum a row, or one a token where rows are packed. Generated tokens never count in these two.
+    """
+
+    def __init__(self, tokens: Tokens, scope: str) -> None:
+        self.causal = scope == "causal"
+        self.segments = tokens.segments
+        seen = {
+            "causal": (tokens.real,),
+            "prompt": (tokens.real, tokens.given, tokens.prompt),
+            "sequence": (tokens.real, tokens.given),
+        }[scope]
+        masks = [mask for mask in seen if mask is not None]
+        self.mask = torch.stack(masks).all(0).unsqueeze(-1) if masks else None  # [B, T, 1]
+
+    def sum(self, states: Tensor) -> Tensor:
+        """Sums of `states` [B, T, r] in at least float32: [B, T, r], or [B, 1, r] where one serves a row.
+
+        Raises:
+            ValueError: if `states` and the call's masks disagree on T.
+        """
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
+        length = states.shape[1]
+        if length == 1 and not self.causal:
+            return states  # a vector a sequence, as a pooler or a classifier gets: there is no token to leave out
+        for mask in (self.mask, self.segments):
+            if mask is not None and mask.shape[1] != length:
+                raise ValueError(
+                    f"The activations of an adapted module have {length} tokens a row, but the masks or positions of "
+                    f"the call have {mask.shape[1]}. Exclude modules that see other tokens than their stack, with "
+                    "`exclude_modules`."
+                )
+        if self.mask is not None:
+            states = states.masked_fill(~self.mask, 0)
+        return segment_cumsum(states, self.segments) if self.causal else segment_sum(states, self.segments)
+
+    def count(self, states: Tensor) -> Tensor:
+        """Number of tokens in each of the sums of `states` [B, T, r]: [B, T, 1] or [B, 1, 1]."""
+        return self.sum(torch.ones_like(states[..., :1], requires_grad=False))

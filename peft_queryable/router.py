@@ -1,0 +1,180 @@
+"""The paper's equations: a bank of rank-space atoms and the router that mixes them.
+
+Tensors in, tensors out. Nothing here knows of PEFT, of tokens or of adapted modules: a *state* is a vector of rank
+space, and a call routes K states of each of B sequences (K = 1: one route a sequence; K = T: one a token).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+RMS_EPS = 1e-6  # epsilon of Assumption D.3; the paper states no value
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMSNorm without a learned scale over the last dimension of `x` [..., d] (Assumption D.3)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
+
+
+def top_k_softmax(logits: Tensor, k: int | None) -> Tensor:
+    """Softmax over the `k` largest of `logits` [..., M], exactly zero elsewhere; over all of them if None (Eq. 37).
+
+    The zeros are dense, so that every logit has a gradient in every step; equal logits are taken in index order.
+    """
+    if k is None:
+        return logits.softmax(-1)
+    # A stable sort, unlike topk, breaks ties the same way on every device.
+    top, index = (t[..., :k] for t in logits.sort(stable=True, dim=-1, descending=True))
+    return torch.zeros_like(logits).scatter(-1, index, top.softmax(-1))
+
+
+class Table(nn.Module):
+    """A trainable tensor in a module of its own: what FSDP wraps and TRL copies are modules with a `weight`."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+
+
+class Router(nn.Module):
+    """Bank {C_m, k_m} and router of one adapter, shared by all its adapted modules.
+
+    Maths is done in float32, or in the parameters' dtype if that is wider, whatever autocast says.
+
+    Args:
+        rank: r.
+        num_atoms: M.
+        top_k: k, or None to mix all atoms.
+        num_blocks: number of blocks in all stacks together; each has a prior w_b.
+        dim: d_k.
+        instruction_dim: d_c, or None for no instruction parameters.
+        attention_temperature: T_attn.
+        depth_temperature: T_dep.
+        language_temperature: T_lang.
+        instruction_strength: tau.
+        instruction_query_weight: lambda.
+        query_terms: which of "state", "depth" and "instruction" the query has beside the prior.
+        atom_scale: initial standard deviation of atom entries, times sqrt(r).
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_atoms: int,
+        top_k: int | None,
+        num_blocks: int,
+        dim: int,
+        instruction_dim: int | None = None,
+        attention_temperature: float = 1.0,
+        depth_temperature: float = 1.0,
+        language_temperature: float = 1.0,
+        instruction_strength: float = 1.0,
+        instruction_query_weight: float = 1.0,
+        query_terms: tuple[str, ...] = ("state", "depth", "instruction"),
+        atom_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.rank, self.num_atoms, self.top_k, self.num_blocks = rank, num_atoms, top_k, num_blocks
+        self.instruction_dim = instruction_dim
+        self.instruction_strength = instruction_strength
+        self.instruction_query_weight = instruction_query_weight
+        self.attention_scale = 1 / (math.sqrt(dim) * attention_temperature)
+        self.depth_scale = 1 / (math.sqrt(dim) * depth_temperature)
+        self.language_scale = 1 / (math.sqrt(dim) * language_temperature)
+
+        self.atoms = Table(num_atoms, rank, rank)  # C
+        self.keys = Table(num_atoms, dim)  # k
+        self.prior = Table(num_blocks, dim)  # w
+        self.state_query = nn.Linear(rank, dim, bias=False) if "state" in query_terms else None  # Q_cur
+        self.depth_value = nn.Linear(rank, dim, bias=False) if "depth" in query_terms else None  # Q_dep
+        self.depth_query = nn.Linear(dim, dim, bias=False) if "depth" in query_terms else None  # Q_dep,q
+        self.depth_key = nn.Linear(rank, dim, bias=False) if "depth" in query_terms else None  # Q_dep,k
+        self.instruction_query: nn.Linear | None = None  # Q_ctx
+        self.instruction_prior: nn.Linear | None = None  # R_ctx
+        if instruction_dim is not None:
+            self.instruction_prior = nn.Linear(instruction_dim, dim, bias=False)
+            if "instruction" in query_terms:
+                self.instruction_query = nn.Linear(instruction_dim, dim, bias=False)
+        self.reset_parameters(atom_scale)
+
+    def reset_parameters(self, atom_scale: float) -> None:
+        nn.init.normal_(self.atoms.weight, std=atom_scale / math.sqrt(self.rank))
+        nn.init.normal_(self.keys.weight)  # unit scale: logits of a random query are then about N(0, 1 / T_attn^2)
+        nn.init.normal_(self.prior.weight)
+
+    @property
+    def uses_depth(self) -> bool:
+        """Whether the query looks at earlier blocks, so that their means have to be kept."""
+        return self.depth_value is not None
+
+    def forward(self, block: int, state: Tensor, means: list[Tensor], instruction: Tensor | None = None) -> Tensor:
+        """Routing weights alpha of one block (Algorithm 2, lines 6 to 24).
+
+        Args:
+            block: index of the block among `num_blocks`.
+            state: entry state s_entry, [B, K, r].
+            means: means s_i of the stack's earlier blocks, each [B, K, r]; empty for its first block.
+            instruction: embedding e(c), [B, d_c] or [1, d_c]; None is e(c) = 0.
+
+        Returns:
+            Weights over the atoms, [B, K, M] in the router's dtype: non-negative, rows sum to one, at most k non-zero.
+        """
+        dtype = torch.promote_types(self.keys.weight.dtype, torch.float32)
+        with torch.autocast(state.device.type, enabled=False):
+            keys = rms_norm(self.keys.weight.to(dtype))  # [M, d_k]
+            means = [mean.to(dtype) for mean in means]
+            instruction = self._embedding(instruction, dtype)  # [B or 1, 1, d_c]
+            query = self._query(block, state.to(dtype), means, instruction)  # [B, K, d_k]
+            logits = rms_norm(query) @ keys.T * self.attention_scale  # Eq. 34
+            if self.instruction_prior is not None:
+                prior = rms_norm(_linear(self.instruction_prior, instruction)) @ keys.T * self.language_scale  # Eq. 33
+                # Lemma D.5: rho in place of log p moves all logits alike, so the route is Eq. 36's to the letter.
+                logits = logits + self.instruction_strength * prior
+            return top_k_softmax(logits, self.top_k)
+
+    def operator(self, weights: Tensor) -> Tensor:
+        """Routed operators S = sum_m alpha_m C_m (Eq. 23) of `weights` [B, 1, M]: [B, r, r] in their dtype."""
+        with torch.autocast(weights.device.type, enabled=False):
+            atoms = self.atoms.weight.to(weights.dtype).flatten(1)  # [M, r r]
+            return (weights @ atoms).view(-1, self.rank, self.rank)
+
+    def mix(self, weights: Tensor, states: Tensor) -> Tensor:
+        """Routed states S_t s_t of `states` [B, T, r] under `weights` [B, T, M], without any [B, T, r, r] tensor.
+
+        Returns [B, T, r] in the dtype of `states`.
+        """
+        atoms = self.atoms.weight.to(states.dtype).transpose(1, 2).flatten(0, 1)  # [M r, r]
+        outer = weights.to(states.dtype).unsqueeze(-1) * states.unsqueeze(-2)  # [B, T, M, r]
+        return outer.flatten(-2) @ atoms
+
+    def _embedding(self, instruction: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if instruction is None:  # e(c) = 0, whose prior is uniform (Prop. D.7a); keeps Q_ctx and R_ctx in the graph
+            return self.keys.weight.new_zeros(1, 1, self.instruction_dim or 0, dtype=dtype)
+        return instruction.to(self.keys.weight.device, dtype).unsqueeze(1)
+
+    def _query(self, block: int, state: Tensor, means: list[Tensor], instruction: Tensor) -> Tensor:
+        query = self.prior.weight[block].to(state.dtype).expand(*state.shape[:-1], -1)  # Eq. 2, term by term
+        if self.state_query is not None:
+            query = query + _linear(self.state_query, state)
+        if self.instruction_query is not None:
+            query = query + self.instruction_query_weight * _linear(self.instruction_query, instruction)
+        if self.depth_value is not None:
+            query = query + _linear(self.depth_value, self._depth_summary(query, state, means))  # Eq. 29
+        return query
+
+    def _depth_summary(self, query: Tensor, state: Tensor, means: list[Tensor]) -> Tensor:
+        """Attention over earlier block means: u [B, K, r] (Eqs. 27, 28, 30 to 32)."""
+        # The first block attends to one zero state: u is exactly 0, and every projection stays in the graph.
+        values = torch.stack(means or [torch.zeros_like(state)], dim=-2)  # [B, K, n, r]
+        keys = rms_norm(_linear(self.depth_key, values))  # [B, K, n, d_k]
+        logits = keys @ rms_norm(_linear(self.depth_query, query)).unsqueeze(-1) * self.depth_scale  # [B, K, n, 1]
+        return (logits.softmax(-2) * values).sum(-2)
+
+
+def _linear(layer: nn.Linear | None, x: Tensor) -> Tensor:
+    """`layer(x)` in the dtype of `x`, for layers whose weights are kept in a narrower one."""
+    assert layer is not None
+    return x @ layer.weight.to(x.dtype).T
