@@ -6,8 +6,10 @@ the cache: reorder (beams), crop (assisted decoding), repeat, select, reset and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,9 +82,20 @@ def load_state(cache: Cache | None, key: tuple[str, str], router: int) -> Routin
     return state
 
 
+def find_cache(values: Any) -> Cache | None:
+    """The cache among the inputs or outputs of a call, if there is one."""
+    values = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
 def cached_length(cache: Cache | None) -> int:
     """Number of tokens of each row, padding included, that `cache` holds."""
-    return 0 if cache is None else int(cache.get_seq_length())
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # of linear attention alone, which keeps no count: ours is all there is
+        return max((state.length for state in _states(cache)), default=int(cache.has_previous_state()))
 
 
 def store_state(cache: Cache, key: tuple[str, str], state: RoutingState) -> None:
@@ -96,7 +109,7 @@ def store_state(cache: Cache, key: tuple[str, str], state: RoutingState) -> None
 
 
 def _states(cache: Cache) -> list[RoutingState]:
-    return list(getattr(cache, _ATTRIBUTE).values())
+    return list(getattr(cache, _ATTRIBUTE, {}).values())
 
 
 def _reorder_cache(self: Cache, beam_idx: Tensor) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache import RoutingState, cached_length, load_state, store_state
-from .pooling import Pool, Tokens, read_tokens
+from .cache import RoutingState, find_cache, load_state, store_state
+from .pooling import Pool, Tokens
 from .router import Router
 
 if TYPE_CHECKING:
@@ -192,33 +191,17 @@ class Replay:
         pass
 
 
-@dataclass
-class CallInputs:
-    """Inputs of the outermost call that concern routing. The base model sees only the labels.
-
-    Args:
-        labels: [B, T], -100 where unsupervised, aligned with the tokens they are the targets of.
-        prompt_mask: [B, T] bool or 0/1, True for prompt tokens.
-        prompt_length: number of leading tokens that are the prompt: those that `generate` was called with.
-        instruction_embeds: [B, d_c] or [1, d_c].
-    """
-
-    labels: Tensor | None = None
-    prompt_mask: Tensor | None = None
-    prompt_length: int | None = None
-    instruction_embeds: Tensor | None = None
-
-
 class Context:
     """One call of a stack: its tokens, its cache, and each adapter's routing.
 
     Args:
         name: name of the stack.
         plans: by adapter, how it routes the stack.
-        inputs: inputs of the outermost call.
-        takes_labels: whether labels and prompts of `inputs` speak of this stack's tokens.
-        args: positional arguments of the call.
-        kwargs: its keyword arguments.
+        instruction: embeddings [n, d_c] given to the outermost call.
+        is_generating: whether the call is a step of `generate`, which repeats rows, for beams say.
+        batch: number B of rows of the call.
+        tokens: its tokens.
+        cache: its cache.
         is_checkpointing: whether layers will run again in the backward pass.
     """
 
@@ -226,24 +209,15 @@ class Context:
         self,
         name: str,
         plans: dict[str, Plan],
-        inputs: CallInputs,
-        takes_labels: bool,
-        args: tuple,
-        kwargs: dict[str, Any],
+        instruction: Tensor | None,
+        is_generating: bool,
+        batch: int,
+        tokens: Tokens,
+        cache: Cache | None,
         is_checkpointing: bool,
     ) -> None:
-        self.name, self.plans, self.inputs, self.is_checkpointing = name, plans, inputs, is_checkpointing
-        self.cache = _find_cache(chain(args, kwargs.values()))
-        tensor = _leading_tensor(args, kwargs)
-        self.batch = tensor.shape[0]
-        self.tokens = read_tokens(
-            tensor,
-            kwargs,
-            past=cached_length(self.cache),
-            labels=inputs.labels if takes_labels else None,
-            prompt_mask=inputs.prompt_mask if takes_labels else None,
-            prompt_length=inputs.prompt_length if takes_labels else None,
-        )
+        self.name, self.plans, self.instruction, self.is_generating = name, plans, instruction, is_generating
+        self.batch, self.tokens, self.cache, self.is_checkpointing = batch, tokens, cache, is_checkpointing
         self.routings: dict[str, Routing] = {}
 
     def routing(self, adapter: str) -> Routing:
@@ -257,12 +231,12 @@ class Context:
 
     def _instruction(self, plan: Plan) -> Tensor | None:
         """Embeddings of the call's rows [B, d_c] or [1, d_c]."""
-        embeds = self.inputs.instruction_embeds
+        embeds = self.instruction
         if embeds is None or plan.router.instruction_dim is None:
             return None
         rows = embeds.shape[0]
-        if self.inputs.prompt_length is not None and self.batch % rows == 0:
-            return embeds.repeat_interleave(self.batch // rows, dim=0)  # generate repeats rows, for beams say
+        if self.is_generating and self.batch % rows == 0:
+            return embeds.repeat_interleave(self.batch // rows, dim=0)
         if rows not in (1, self.batch):
             raise ValueError(
                 f"`instruction_embeds` has {rows} rows in a call of batch size {self.batch}: pass one row, or one for "
@@ -272,8 +246,7 @@ class Context:
 
     def close(self, output: Any) -> None:
         """End the call: put routing states on its cache, and ready it for a replay."""
-        values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
-        cache = self.cache if self.cache is not None else _find_cache(values)
+        cache = self.cache if self.cache is not None else find_cache(output)
         for adapter, routing in self.routings.items():
             if cache is not None:
                 store_state(cache, (adapter, self.name), routing.state())
@@ -296,16 +269,3 @@ class ReplayContext:
 
 def _leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(t.requires_grad)
-
-
-def _find_cache(values: Iterable[Any]) -> Cache | None:
-    return next((value for value in values if isinstance(value, Cache)), None)
-
-
-def _leading_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that tells a call's rows and tokens: token ids or hidden states if there are any, else the first."""
-    named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
-    for value in chain(args, named, kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return value
-    raise ValueError("A call without any tensor among its arguments cannot be routed: its batch size is not known.")

@@ -42,18 +42,22 @@ class Place:
 class QueryableLoraLayer(LoraLayer):
     """LoRA factors of one module, with a gate logit beside them; one of each for every adapter."""
 
-    lora_A: Any
-    lora_B: Any
-    lora_dropout: Any
-    scaling: dict[str, float]
-    queryable_lora_gate: Any
+    if TYPE_CHECKING:  # what PEFT's untyped classes set
+        base_layer: Any
+        lora_A: Any
+        lora_B: Any
+        lora_dropout: Any
+        scaling: dict[str, float]
+        disable_adapters: bool
+        active_adapters: list[str]
+        _cast_input_dtype: Any
 
     adapter_layer_names: tuple[str, ...] = (*LoraLayer.adapter_layer_names, "queryable_lora_gate")
     other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, "places")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
-        self.queryable_lora_gate = nn.ModuleDict()  # eta
+        self.queryable_lora_gate: Any = nn.ModuleDict()  # eta
         self.places: dict[str, Place] = {}
 
     def update_layer(
@@ -92,7 +96,7 @@ class Linear(nn.Module, QueryableLoraLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: QueryableLoraConfig, **kwargs: Any) -> None:
         super().__init__()
         QueryableLoraLayer.__init__(self, base_layer)
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)  # what PEFT's initialisations ask for
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # what PEFT's initialisations ask for
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, **kwargs)
 

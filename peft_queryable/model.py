@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import QueryableLoraConfig
-from .context import CallInputs, Plan
+from .context import Plan
 from .layer import MERGE_REFUSAL, Linear, Place, QueryableLoraLayer
 from .router import Router
-from .stack import Stack, entry_groups, find_stacks, is_decoder, split_into_blocks
+from .stack import CallInputs, Stack, StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
 
 ROUTER = "queryable_lora_router"
 
@@ -51,15 +51,15 @@ class QueryableLoraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: QueryableLoraConfig, adapter_name: str) -> None:
         self.queryable_lora_router = nn.ModuleDict()
-        self.stacks: dict[str, Stack] = {}
+        self.stacks: dict[StackKey, Stack] = {}
         self.inputs = CallInputs()
         self.call_hooks = [
             model.register_forward_pre_hook(self._open_call, with_kwargs=True),
             model.register_forward_hook(self._close_call, always_call=True),
         ]
-        if hasattr(model, "generate"):
-            self.base_generate = model.generate
-            model.generate = self._generate  # whichever PEFT or TRL class asks for it
+        self.base_generate: Any = getattr(model, "generate", None)
+        if self.base_generate is not None:
+            setattr(model, "generate", self._generate)  # noqa: B010  (whichever PEFT or TRL class calls it)
 
     # Injection
 
@@ -85,7 +85,7 @@ class QueryableLoraModel(BaseTuner):
         }
         config = self.peft_config[adapter_name]
         stacks = find_stacks(model, list(layers))
-        blocks = {owner: split_into_blocks(len(names), config.num_blocks) for owner, names in stacks.items()}
+        blocks = {key: split_into_blocks(len(names), config.num_blocks) for key, names in stacks.items()}
         num_blocks = sum(block[-1] + 1 for block in blocks.values())
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             router = _create_router(config, num_blocks)
@@ -100,25 +100,28 @@ class QueryableLoraModel(BaseTuner):
         model: nn.Module,
         adapter: str,
         layers: dict[str, QueryableLoraLayer],
-        stacks: dict[str, list[list[str]]],
-        blocks: dict[str, list[int]],
+        stacks: dict[StackKey, list[list[str]]],
+        blocks: dict[StackKey, list[int]],
     ) -> None:
         """Tell every adapted module its stack, its block and its entry group."""
-        router = self.queryable_lora_router[adapter]
+        router: Any = self.queryable_lora_router[adapter]
         scope = self.peft_config[adapter].routing_scope
         first_block = 0
-        for owner_name, names_by_layer in stacks.items():
-            owner = model.get_submodule(owner_name)
-            is_causal = is_decoder(owner)
-            if owner_name not in self.stacks:
+        for key, names_by_layer in stacks.items():
+            owner = model.get_submodule(key.owner)
+            is_causal = is_decoder(owner) and not key.reads_memory
+            if key not in self.stacks:
                 takes_labels = is_causal or not isinstance(model, PreTrainedModel)
-                self.stacks[owner_name] = Stack(owner_name, owner, self.inputs, takes_labels)
-            stack = self.stacks[owner_name]
-            num_blocks = blocks[owner_name][-1] + 1
-            resolved = ("causal" if is_causal else "sequence") if scope == "auto" else scope
+                self.stacks[key] = Stack(key, owner, self.inputs, takes_labels)
+            stack = self.stacks[key]
+            num_blocks = blocks[key][-1] + 1
+            # Memory is no sequence that a later token extends: all of it is there from the first.
+            resolved = "sequence" if key.reads_memory else scope
+            if scope == "auto":
+                resolved = "causal" if is_causal else "sequence"
             stack.plans[adapter] = Plan(adapter, router, resolved, first_block, num_blocks)
             groups = entry_groups([name for names in names_by_layer for name in names])
-            for names, block in zip(names_by_layer, blocks[owner_name], strict=True):
+            for names, block in zip(names_by_layer, blocks[key], strict=True):
                 for name in names:
                     layers[name].places[adapter] = Place(stack, block, [layers[peer] for peer in groups[name]])
             first_block += num_blocks
@@ -157,6 +160,11 @@ class QueryableLoraModel(BaseTuner):
             raise ValueError(
                 f"Module {name!r} is a {type(base_layer).__name__}; Queryable LoRA adapts torch.nn.Linear and "
                 f"transformers Conv1D. {remedy}"
+            )
+        if getattr(self.model, "config", None) is not None and _reads_positions(self.model.config, name):
+            raise ValueError(
+                f"Module {name!r} also projects the relative position embeddings (`share_att_key`), which belong to no "
+                f"sequence and so have no route. {remedy}"
             )
         if ".experts." in f".{name}.":
             raise ValueError(
@@ -284,7 +292,7 @@ class QueryableLoraModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        router = self.queryable_lora_router[adapter_name]
+        router: Any = self.queryable_lora_router[adapter_name]
         if autocast_adapter_dtype and router.keys.weight.dtype in (torch.float16, torch.bfloat16):
             router.to(torch.float32)
 
@@ -293,7 +301,7 @@ class QueryableLoraModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         model = super().unload()
-        if hasattr(self, "base_generate"):
+        if self.base_generate is not None:
             model.generate = self.base_generate
         for hook in self.call_hooks:
             hook.remove()
@@ -330,6 +338,12 @@ class QueryableLoraModel(BaseTuner):
                 "damaged, fetch it again."
             )
         return remapped
+
+
+def _reads_positions(config: Any, name: str) -> bool:
+    """Whether DeBERTa-v2's module `name` is applied to its relative position embeddings, beside the tokens."""
+    is_shared = getattr(config, "model_type", None) == "deberta-v2" and config.share_att_key
+    return is_shared and config.relative_attention and name.endswith(("query_proj", "key_proj"))
 
 
 def _create_router(config: QueryableLoraConfig, num_blocks: int) -> Router:

@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .cache import cached_length, find_cache
 from .checkpointing import BoundCheckpoint
-from .context import CallInputs, Context, Plan, Replay, ReplayContext, Routing
+from .context import Context, Plan, Replay, ReplayContext, Routing
+from .pooling import read_tokens
 
 _ATTENTION_PROJECTION = re.compile(r"(to_|w)?(q|k|v|query|key|value)(_?(proj|lin|layer))?")
+_CROSS_ATTENTION = re.compile(r"(^|\.)(enc_?dec_?attention|encoder_attn|cross_?att(ention|n)?)\.", re.IGNORECASE)
+_MEMORY_PROJECTION = re.compile(r"(to_|w)?(k|v|kv|key|value)(_?(proj|lin|layer))?|c_attn")
+
+
+class StackKey(NamedTuple):
+    """What tells stacks apart.
+
+    Args:
+        owner: name of the module whose call runs the layers, "" for the model itself.
+        reads_memory: whether the stack is made of the cross-attention projections that read an encoder's output.
+    """
+
+    owner: str
+    reads_memory: bool = False
+
+    def __str__(self) -> str:
+        return (self.owner or "the model") + (" (cross-attention)" if self.reads_memory else "")
+
+
+@dataclass
+class CallInputs:
+    """Inputs of the outermost call that concern routing. The base model sees only the labels.
+
+    Args:
+        labels: [B, T], -100 where unsupervised, aligned with the tokens they are the targets of.
+        prompt_mask: [B, T] bool or 0/1, True for prompt tokens.
+        prompt_length: number of leading tokens that are the prompt: those that `generate` was called with.
+        instruction_embeds: [B, d_c] or [1, d_c].
+    """
+
+    labels: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    prompt_length: int | None = None
+    instruction_embeds: Tensor | None = None
 
 
 def is_decoder(owner: nn.Module) -> bool:
@@ -21,10 +60,10 @@ def is_decoder(owner: nn.Module) -> bool:
     flags = [module.is_causal for module in owner.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     if flags:
         return any(flags)
-    # Without attention to ask (Mamba and its like, or older code), what generates text is a decoder.
     if not isinstance(owner, PreTrainedModel) or owner.config.is_encoder_decoder:
         return bool(getattr(owner, "is_decoder", False))
-    return any("ForCausalLM" in name for name in owner.config.architectures or [])
+    # Without attention that tells (Bloom, Mamba), a model type that generates text is a decoder.
+    return owner.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def split_into_blocks(num_layers: int, num_blocks: int) -> list[int]:
@@ -34,20 +73,22 @@ def split_into_blocks(num_layers: int, num_blocks: int) -> list[int]:
     return [block for block in range(num_blocks) for _ in range(size + (block < larger))]
 
 
-def find_stacks(model: nn.Module, names: Sequence[str]) -> dict[str, list[list[str]]]:
-    """Stacks of the adapted modules `names`: by the name of the owner, module names by layer, in order.
+def find_stacks(model: nn.Module, names: Sequence[str]) -> dict[StackKey, list[list[str]]]:
+    """Stacks of the adapted modules `names`: module names by layer, in order.
 
     A module belongs to the entry that holds it of the outermost `nn.ModuleList` on its path; the list's parent is the
     owner. Modules outside such lists are layers of their own: of the stack whose owner holds them, else, in a model
-    without any list, of one stack of the whole model, else of a stack of their parent module.
+    without any list, of one stack of the whole model, else of a stack of their parent module. Key and value
+    projections of a cross-attention see the encoder's tokens, and so form a stack beside that of their layers.
     """
     layer_of = {name: _repeated_layer(model, name) for name in names}
     owners = {owner for owner, _ in filter(None, layer_of.values())}
-    stacks: dict[str, dict[str, list[str]]] = {}
+    stacks: dict[StackKey, dict[str, list[str]]] = {}
     for name in names:
         owner, layer = layer_of[name] or (_loose_owner(name, owners), name)
-        stacks.setdefault(owner, {}).setdefault(layer, []).append(name)
-    return {owner: list(layers.values()) for owner, layers in stacks.items()}
+        reads_memory = bool(_CROSS_ATTENTION.search(name) and _MEMORY_PROJECTION.fullmatch(name.rpartition(".")[2]))
+        stacks.setdefault(StackKey(owner, reads_memory), {}).setdefault(layer, []).append(name)
+    return {key: list(layers.values()) for key, layers in stacks.items()}
 
 
 def _repeated_layer(model: nn.Module, name: str) -> tuple[str, str] | None:
@@ -84,19 +125,18 @@ class Stack:
     Adapted modules reach it through their `Place`; it is no module and owns no tensor.
 
     Args:
-        name: name of the owner in the model, "" for the model itself.
+        key: its owner's name, and whose tokens it sees.
         owner: the module whose call runs the layers.
         inputs: the inputs of the outermost call, filled by whoever sees it.
-        takes_labels: whether labels and prompt masks of the outermost call speak of this stack's tokens.
+        takes_labels: whether labels and prompts of the outermost call speak of this stack's tokens.
     """
 
-    def __init__(self, name: str, owner: nn.Module, inputs: CallInputs, takes_labels: bool) -> None:
-        self.name, self.inputs, self.takes_labels = name, inputs, takes_labels
+    def __init__(self, key: StackKey, owner: nn.Module, inputs: CallInputs, takes_labels: bool) -> None:
+        self.key, self.inputs, self.takes_labels = key, inputs, takes_labels
         self.plans: dict[str, Plan] = {}
         self.context: Context | ReplayContext | None = None
-        self.checkpointing: list[Any] = [
-            module for module in owner.modules() if hasattr(module, "gradient_checkpointing")
-        ]
+        self.parameters = [p.name for p in inspect.signature(owner.forward).parameters.values()]
+        self.checkpointing: list[Any] = [m for m in owner.modules() if hasattr(m, "gradient_checkpointing")]
         self.hooks = [
             owner.register_forward_pre_hook(self._open, with_kwargs=True),
             owner.register_forward_hook(self._close, with_kwargs=True, always_call=True),
@@ -110,7 +150,7 @@ class Stack:
         """
         if self.context is None:
             raise RuntimeError(
-                f"An adapted module ran outside a call of {self.name or 'the model'!r}, so its tokens are not known. "
+                f"An adapted module ran outside a call of {self.key}, so its tokens are not known. "
                 "Call the model, not a layer of it. If this happened in a backward pass, a layer was checkpointed by "
                 "other means than transformers' `gradient_checkpointing_enable`, which is the supported one."
             )
@@ -141,7 +181,38 @@ class Stack:
                 "DistributedDataParallel (`accelerate launch` or `torchrun`), or make one device visible."
             )
         is_checkpointing = owner.training and self._bind_checkpoints()
-        self.context = Context(self.name, self.plans, self.inputs, self.takes_labels, args, kwargs, is_checkpointing)
+        self.context = self._context({**dict(zip(self.parameters, args, strict=False)), **kwargs}, is_checkpointing)
+
+    def _context(self, call: dict[str, Any], is_checkpointing: bool) -> Context:
+        """The context of a call of the owner with the arguments `call`."""
+        cache = None
+        if self.key.reads_memory:  # whose keys and values are made once, in the first call
+            call = {
+                "hidden_states": call.get("encoder_hidden_states"),
+                "attention_mask": call.get("encoder_attention_mask"),
+            }
+        else:
+            cache = find_cache(call)
+        inputs = self.inputs
+        tensor = _leading_tensor(call)
+        tokens = read_tokens(
+            tensor,
+            call,
+            past=cached_length(cache),
+            labels=inputs.labels if self.takes_labels else None,
+            prompt_mask=inputs.prompt_mask if self.takes_labels else None,
+            prompt_length=inputs.prompt_length if self.takes_labels else None,
+        )
+        return Context(
+            str(self.key),
+            self.plans,
+            inputs.instruction_embeds,
+            inputs.prompt_length is not None,
+            tensor.shape[0],
+            tokens,
+            cache,
+            is_checkpointing,
+        )
 
     def _close(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         context, self.context = self.context, None
@@ -156,3 +227,12 @@ class Stack:
             if checkpoint is not None and not isinstance(checkpoint, BoundCheckpoint):
                 module._gradient_checkpointing_func = BoundCheckpoint(self, checkpoint)
         return bool(active)
+
+
+def _leading_tensor(call: dict[str, Any]) -> Tensor:
+    """The tensor that tells a call's rows and tokens: token ids or hidden states if there are any, else the first."""
+    named = [call.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states")]
+    for value in (*named, *call.values()):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value
+    raise ValueError("A call without any tensor among its arguments cannot be routed: its batch size is not known.")
