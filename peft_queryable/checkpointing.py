@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from .context import Context
@@ -18,31 +19,30 @@ class BoundCheckpoint:
     is bound to its own checkpoint.
 
     Args:
-        stack: the stack whose layers are checkpointed.
-        checkpoint: what `gradient_checkpointing_enable` installed: `torch.utils.checkpoint.checkpoint`, partially
-            applied.
+        stacks: the stacks whose modules may be in a checkpointed layer.
+        checkpoint: what transformers' checkpointing installed: `torch.utils.checkpoint.checkpoint`, partially applied.
 
     Raises:
         ValueError: if `checkpoint` is reentrant.
     """
 
-    def __init__(self, stack: Stack, checkpoint: Callable) -> None:
+    def __init__(self, stacks: Mapping[Any, Stack], checkpoint: Callable) -> None:
         if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "Queryable LoRA does not support reentrant gradient checkpointing: it runs the first pass without a "
                 "graph, so a route would get no gradient from the layers that use it. Pass "
                 "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
-        self.stack, self.checkpoint = stack, checkpoint
+        self.stacks, self.checkpoint = stacks, checkpoint
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        context = self.stack.context
-        if not isinstance(context, Context):
-            return self.checkpoint(function, *args, **kwargs)
+        calls = [(stack, stack.context) for stack in self.stacks.values() if isinstance(stack.context, Context)]
 
         def bound(*args: Any, **kwargs: Any) -> Any:
-            is_first_pass = self.stack.context is context
-            with self.stack.entered(context if is_first_pass else context.replay()):
+            with ExitStack() as entered:
+                for stack, context in calls:
+                    if stack.context is not context:  # not the first pass
+                        entered.enter_context(stack.entered(context.replay()))
                 return function(*args, **kwargs)
 
         return self.checkpoint(bound, *args, **kwargs)

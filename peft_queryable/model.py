@@ -71,6 +71,7 @@ class QueryableLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        trainable = {name: router.keys.weight.requires_grad for name, router in self.queryable_lora_router.items()}
         super().inject_adapter(
             model,
             adapter_name,
@@ -93,7 +94,10 @@ class QueryableLoraModel(BaseTuner):
         router.to(dtype=weight.dtype) if low_cpu_mem_usage else router.to(weight)
         self.queryable_lora_router[adapter_name] = router
         self._place(model, adapter_name, layers, stacks, blocks)
-        self._sync_requires_grad(inference_mode=config.inference_mode)
+        # As PEFT does for the adapters that were there before: theirs stay as they were.
+        trainable[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
+        for name, requires_grad in trainable.items():
+            self.queryable_lora_router[name].requires_grad_(requires_grad)
 
     def _place(
         self,
@@ -112,7 +116,7 @@ class QueryableLoraModel(BaseTuner):
             is_causal = is_decoder(owner) and not key.reads_memory
             if key not in self.stacks:
                 takes_labels = is_causal or not isinstance(model, PreTrainedModel)
-                self.stacks[key] = Stack(key, owner, self.inputs, takes_labels)
+                self.stacks[key] = Stack(key, owner, self.stacks, self.inputs, takes_labels)
             stack = self.stacks[key]
             num_blocks = blocks[key][-1] + 1
             # Memory is no sequence that a later token extends: all of it is there from the first.
@@ -163,8 +167,8 @@ class QueryableLoraModel(BaseTuner):
             )
         if getattr(self.model, "config", None) is not None and _reads_positions(self.model.config, name):
             raise ValueError(
-                f"Module {name!r} also projects the relative position embeddings (`share_att_key`), which belong to no "
-                f"sequence and so have no route. {remedy}"
+                f"Module {name!r} also projects the relative position embeddings (`share_att_key`), which belong to "
+                f"no sequence and so have no route. {remedy}"
             )
         if ".experts." in f".{name}.":
             raise ValueError(
@@ -191,13 +195,14 @@ class QueryableLoraModel(BaseTuner):
             # There, the label of a position is the token of the next one.
             self.inputs.labels = nn.functional.pad(self.inputs.labels, (1, -1), value=-100)
         self.inputs.prompt_mask = kwargs.pop("prompt_mask", None)
-        if (embeds := kwargs.pop("instruction_embeds", None)) is not None:
-            self.inputs.instruction_embeds = self._checked_instruction(embeds)
+        instruction = kwargs.pop("instruction_embeds", None)
+        if self.inputs.prompt_length is None:  # else the call is a step of `generate`, which was given the instruction
+            self.inputs.instruction_embeds = self._checked_instruction(instruction)
         return args, kwargs
 
     def _close_call(self, model: nn.Module, args: tuple, output: Any) -> None:
         self.inputs.labels = self.inputs.prompt_mask = None
-        if self.inputs.prompt_length is None:  # else the call is a step of `generate`, which ends it
+        if self.inputs.prompt_length is None:
             self.inputs.instruction_embeds = None
 
     def _generate(self, *args: Any, instruction_embeds: Tensor | None = None, **kwargs: Any) -> Any:
@@ -212,8 +217,7 @@ class QueryableLoraModel(BaseTuner):
         self._check_prefill(kwargs)
         self.inputs.prompt_length = self._prompt_length(args, kwargs)
         try:
-            if instruction_embeds is not None:
-                self.inputs.instruction_embeds = self._checked_instruction(instruction_embeds)
+            self.inputs.instruction_embeds = self._checked_instruction(instruction_embeds)
             return self.base_generate(*args, **kwargs)
         finally:
             self.inputs.prompt_length = self.inputs.instruction_embeds = None
@@ -238,7 +242,9 @@ class QueryableLoraModel(BaseTuner):
                 "the first chunk depends on the last. Use `routing_scope='causal'`, or prefill in one chunk."
             )
 
-    def _checked_instruction(self, embeds: Tensor) -> Tensor:
+    def _checked_instruction(self, embeds: Tensor | None) -> Tensor | None:
+        if embeds is None:
+            return None
         for adapter in self.active_adapters:
             dim = self.peft_config[adapter].instruction_dim
             if dim is None:

@@ -127,12 +127,15 @@ class Stack:
     Args:
         key: its owner's name, and whose tokens it sees.
         owner: the module whose call runs the layers.
+        stacks: all stacks of the model, this one included.
         inputs: the inputs of the outermost call, filled by whoever sees it.
         takes_labels: whether labels and prompts of the outermost call speak of this stack's tokens.
     """
 
-    def __init__(self, key: StackKey, owner: nn.Module, inputs: CallInputs, takes_labels: bool) -> None:
-        self.key, self.inputs, self.takes_labels = key, inputs, takes_labels
+    def __init__(
+        self, key: StackKey, owner: nn.Module, stacks: dict[StackKey, Stack], inputs: CallInputs, takes_labels: bool
+    ) -> None:
+        self.key, self.stacks, self.inputs, self.takes_labels = key, stacks, inputs, takes_labels
         self.plans: dict[str, Plan] = {}
         self.context: Context | ReplayContext | None = None
         self.parameters = [p.name for p in inspect.signature(owner.forward).parameters.values()]
@@ -157,7 +160,7 @@ class Stack:
         return self.context.routing(adapter)
 
     @contextmanager
-    def entered(self, context: Context | ReplayContext) -> Iterator[None]:
+    def entered(self, context: ReplayContext) -> Iterator[None]:
         """Let adapted modules find `context` for a while."""
         outer, self.context = self.context, context
         try:
@@ -225,7 +228,7 @@ class Stack:
         for module in active:
             checkpoint = getattr(module, "_gradient_checkpointing_func", None)
             if checkpoint is not None and not isinstance(checkpoint, BoundCheckpoint):
-                module._gradient_checkpointing_func = BoundCheckpoint(self, checkpoint)
+                module._gradient_checkpointing_func = BoundCheckpoint(self.stacks, checkpoint)
         return bool(active)
 
 

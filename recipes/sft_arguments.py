@@ -1,0 +1,66 @@
+"""Command line of recipes/sft.py: TRL's arguments, the recipe's defaults, and `--queryable_*`."""
+
+from dataclasses import dataclass, field
+
+from evaluate import HeldOutArguments
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from peft_queryable import QueryableLoraConfig
+
+# Where the recipe differs from TRL's defaults; --config and arguments override these.
+DEFAULTS = {
+    "output_dir": "outputs/sft",
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1,
+    "warmup_steps": 10,
+    "lora_r": 8,  # "rank-8 updates" (paper, B: LLM runs)
+    "lora_alpha": 16,  # "rank 8, scaling 16" (paper, B: regression; none is stated for LLMs)
+    "lora_dropout": 0.0,  # "no adapter dropout" (paper, B)
+    "lora_target_modules": ["all-linear"],  # "the attention and MLP projection modules" (paper, B)
+    "gradient_checkpointing": False,  # the default model fits in memory, and recomputing costs a third more time
+    "bf16": False,  # many CPUs have no fast bfloat16
+    "save_strategy": "no",  # the adapter is saved once, at the end
+    "logging_steps": 5,
+}
+
+
+@dataclass
+class SftArguments(ScriptArguments):
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSON lines in TRL's prompt/completion or messages form; needs --test_file."}
+    )
+    methods: list[str] = field(
+        default_factory=lambda: ["lora", "queryable"],
+        metadata={"help": "Adapters to train and compare.", "choices": ["lora", "queryable"]},
+    )
+
+
+def like(name: str):
+    """An argument with the default and the help of that field of `QueryableLoraConfig`."""
+    source = QueryableLoraConfig.__dataclass_fields__[name]
+    return field(default=source.default, metadata=source.metadata)
+
+
+@dataclass
+class QueryableArguments:
+    queryable_num_atoms: int = like("num_atoms")
+    queryable_top_k: int | None = like("top_k")
+    queryable_num_blocks: int = like("num_blocks")
+    queryable_router_dim: int = like("router_dim")
+    queryable_routing_scope: str = like("routing_scope")
+    queryable_attention_temperature: float = like("attention_temperature")
+    queryable_depth_temperature: float = like("depth_temperature")
+    queryable_init_gate: float = like("init_gate")
+    queryable_init_atom_scale: float = like("init_atom_scale")
+
+
+def parse():
+    parser = TrlParser((SftArguments, HeldOutArguments, SFTConfig, ModelConfig, QueryableArguments))
+    parser.set_defaults_with_config(**DEFAULTS)
+    arguments = parser.parse_args_and_config()
+    model_args = arguments[3]
+    for name in ("use_dora", "lora_target_parameters"):
+        if getattr(model_args, name):
+            parser.error(f"--{name} has no counterpart in Queryable LoRA: the methods could not be compared")
+    return arguments
