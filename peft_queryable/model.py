@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
@@ -17,15 +16,15 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from .call import OuterCall
 from .config import QueryableLoraConfig
 from .context import Plan
 from .layer import MERGE_REFUSAL, Linear, Place, QueryableLoraLayer
 from .router import Router
-from .stack import CallInputs, Stack, StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
+from .stack import Stack, StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
+from .targets import check_target
 
 ROUTER = "queryable_lora_router"
 
@@ -49,17 +48,12 @@ class QueryableLoraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     uses_shared_state = True  # PEFT then refuses to inject layers without the tuner that owns the bank
 
+    queryable_lora_router: Any
+
     def _pre_injection_hook(self, model: nn.Module, config: QueryableLoraConfig, adapter_name: str) -> None:
         self.queryable_lora_router = nn.ModuleDict()
         self.stacks: dict[StackKey, Stack] = {}
-        self.inputs = CallInputs()
-        self.call_hooks = [
-            model.register_forward_pre_hook(self._open_call, with_kwargs=True),
-            model.register_forward_hook(self._close_call, always_call=True),
-        ]
-        self.base_generate: Any = getattr(model, "generate", None)
-        if self.base_generate is not None:
-            setattr(model, "generate", self._generate)  # noqa: B010  (whichever PEFT or TRL class calls it)
+        self.call = OuterCall(model, self._active_plans)
 
     # Injection
 
@@ -108,7 +102,7 @@ class QueryableLoraModel(BaseTuner):
         blocks: dict[StackKey, list[int]],
     ) -> None:
         """Tell every adapted module its stack, its block and its entry group."""
-        router: Any = self.queryable_lora_router[adapter]
+        router = self.queryable_lora_router[adapter]
         scope = self.peft_config[adapter].routing_scope
         first_block = 0
         for key, names_by_layer in stacks.items():
@@ -116,7 +110,7 @@ class QueryableLoraModel(BaseTuner):
             is_causal = is_decoder(owner) and not key.reads_memory
             if key not in self.stacks:
                 takes_labels = is_causal or not isinstance(model, PreTrainedModel)
-                self.stacks[key] = Stack(key, owner, self.stacks, self.inputs, takes_labels)
+                self.stacks[key] = Stack(key, owner, self.stacks, self.call, takes_labels)
             stack = self.stacks[key]
             num_blocks = blocks[key][-1] + 1
             # Memory is no sequence that a later token extends: all of it is there from the first.
@@ -140,7 +134,7 @@ class QueryableLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        self._check_target(target, parent, current_key)
+        check_target(self.model, current_key, target)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), current_key), config.lora_alpha)
         if isinstance(target, QueryableLoraLayer):
             target.update_layer(adapter_name, config.r, lora_alpha=alpha, config=config, target_name=current_key)
@@ -150,115 +144,8 @@ class QueryableLoraModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
 
-    def _check_target(self, target: nn.Module, parent: nn.Module, name: str) -> None:
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        remedy = "Leave it out of `target_modules`, or name it in `exclude_modules`."
-        if isinstance(target, BaseTunerLayer) and not isinstance(target, QueryableLoraLayer):
-            raise ValueError(f"Module {name!r} already carries an adapter of type {type(target).__name__}. {remedy}")
-        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
-            raise ValueError(
-                f"Module {name!r} belongs to an nn.MultiheadAttention, which reads its weight without calling it, so "
-                f"an adapter on it would do nothing. {remedy}"
-            )
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
-            raise ValueError(
-                f"Module {name!r} is a {type(base_layer).__name__}; Queryable LoRA adapts torch.nn.Linear and "
-                f"transformers Conv1D. {remedy}"
-            )
-        if getattr(self.model, "config", None) is not None and _reads_positions(self.model.config, name):
-            raise ValueError(
-                f"Module {name!r} also projects the relative position embeddings (`share_att_key`), which belong to "
-                f"no sequence and so have no route. {remedy}"
-            )
-        if ".experts." in f".{name}.":
-            raise ValueError(
-                f"Module {name!r} belongs to an expert, which gets loose tokens: their sequence, and so their route, "
-                f"is not known there. {remedy}"
-            )
-        if isinstance(self.model, PreTrainedModel) and base_layer is self._output_embeddings():
-            raise ValueError(
-                f"Module {name!r} is the language model's head: it runs outside the layers that are routed, and in "
-                f"generation on a part of the tokens only. {remedy} `modules_to_save` trains it in full."
-            )
-
-    def _output_embeddings(self) -> nn.Module | None:
-        head = self.model.get_output_embeddings()
-        return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-
-    # Calls
-
-    def _open_call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Keep the inputs of the outermost call that routing needs, and take from it those that are ours alone."""
-        kwargs = dict(kwargs)
-        self.inputs.labels = kwargs.get("labels")
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and self.inputs.labels is not None:
-            # There, the label of a position is the token of the next one.
-            self.inputs.labels = nn.functional.pad(self.inputs.labels, (1, -1), value=-100)
-        self.inputs.prompt_mask = kwargs.pop("prompt_mask", None)
-        instruction = kwargs.pop("instruction_embeds", None)
-        if self.inputs.prompt_length is None:  # else the call is a step of `generate`, which was given the instruction
-            self.inputs.instruction_embeds = self._checked_instruction(instruction)
-        return args, kwargs
-
-    def _close_call(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.inputs.labels = self.inputs.prompt_mask = None
-        if self.inputs.prompt_length is None:
-            self.inputs.instruction_embeds = None
-
-    def _generate(self, *args: Any, instruction_embeds: Tensor | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate`, for every step of which the prompt stays what it is called with.
-
-        Args:
-            instruction_embeds: [B, d_c] or [1, d_c], for all steps.
-
-        Raises:
-            ValueError: for chunked prefill, unless every route is `causal`.
-        """
-        self._check_prefill(kwargs)
-        self.inputs.prompt_length = self._prompt_length(args, kwargs)
-        try:
-            self.inputs.instruction_embeds = self._checked_instruction(instruction_embeds)
-            return self.base_generate(*args, **kwargs)
-        finally:
-            self.inputs.prompt_length = self.inputs.instruction_embeds = None
-
-    def _prompt_length(self, args: tuple, kwargs: dict[str, Any]) -> int:
-        if self.get_model_config(self.model).get("is_encoder_decoder"):
-            prompt = kwargs.get("decoder_input_ids")
-            return 1 if prompt is None else prompt.shape[1]  # generate starts from one start token
-        names = ("input_ids", "inputs", "inputs_embeds")
-        prompts = [value for value in (*args[:1], *map(kwargs.get, names)) if isinstance(value, Tensor)]
-        return max((prompt.shape[1] for prompt in prompts), default=1)
-
-    def _check_prefill(self, kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config", getattr(self.model, "generation_config", None))
-        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        scopes = {
-            stack.plans[a].scope for stack in self.stacks.values() for a in self.active_adapters if a in stack.plans
-        }
-        if chunk is not None and scopes - {"causal"}:
-            raise ValueError(
-                f"`prefill_chunk_size` cannot be used with routing scope {sorted(scopes - {'causal'})}: the route of "
-                "the first chunk depends on the last. Use `routing_scope='causal'`, or prefill in one chunk."
-            )
-
-    def _checked_instruction(self, embeds: Tensor | None) -> Tensor | None:
-        if embeds is None:
-            return None
-        for adapter in self.active_adapters:
-            dim = self.peft_config[adapter].instruction_dim
-            if dim is None:
-                raise ValueError(
-                    f"`instruction_embeds` was given, but adapter {adapter!r} takes no instruction: it was made with "
-                    "`instruction_dim=None`. Leave the instruction out, or train an adapter with `instruction_dim`."
-                )
-            if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[1] != dim:
-                shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-                raise ValueError(
-                    f"`instruction_embeds` must be a tensor of shape [batch, {dim}] or [1, {dim}] for adapter "
-                    f"{adapter!r}, got {shape}."
-                )
-        return embeds
+    def _active_plans(self) -> list[Plan]:
+        return [stack.plans[a] for stack in self.stacks.values() for a in self.active_adapters if a in stack.plans]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -298,7 +185,7 @@ class QueryableLoraModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        router: Any = self.queryable_lora_router[adapter_name]
+        router = self.queryable_lora_router[adapter_name]
         if autocast_adapter_dtype and router.keys.weight.dtype in (torch.float16, torch.bfloat16):
             router.to(torch.float32)
 
@@ -307,10 +194,7 @@ class QueryableLoraModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         model = super().unload()
-        if self.base_generate is not None:
-            model.generate = self.base_generate
-        for hook in self.call_hooks:
-            hook.remove()
+        self.call.remove(model)
         for stack in self.stacks.values():
             stack.remove()
         return model
@@ -344,12 +228,6 @@ class QueryableLoraModel(BaseTuner):
                 "damaged, fetch it again."
             )
         return remapped
-
-
-def _reads_positions(config: Any, name: str) -> bool:
-    """Whether DeBERTa-v2's module `name` is applied to its relative position embeddings, beside the tokens."""
-    is_shared = getattr(config, "model_type", None) == "deberta-v2" and config.share_att_key
-    return is_shared and config.relative_attention and name.endswith(("query_proj", "key_proj"))
 
 
 def _create_router(config: QueryableLoraConfig, num_blocks: int) -> Router:

@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache import cached_length, find_cache
+from .call import OuterCall
 from .checkpointing import BoundCheckpoint
 from .context import Context, Plan, Replay, ReplayContext, Routing
 from .pooling import read_tokens
@@ -36,23 +36,6 @@ class StackKey(NamedTuple):
 
     def __str__(self) -> str:
         return (self.owner or "the model") + (" (cross-attention)" if self.reads_memory else "")
-
-
-@dataclass
-class CallInputs:
-    """Inputs of the outermost call that concern routing. The base model sees only the labels.
-
-    Args:
-        labels: [B, T], -100 where unsupervised, aligned with the tokens they are the targets of.
-        prompt_mask: [B, T] bool or 0/1, True for prompt tokens.
-        prompt_length: number of leading tokens that are the prompt: those that `generate` was called with.
-        instruction_embeds: [B, d_c] or [1, d_c].
-    """
-
-    labels: Tensor | None = None
-    prompt_mask: Tensor | None = None
-    prompt_length: int | None = None
-    instruction_embeds: Tensor | None = None
 
 
 def is_decoder(owner: nn.Module) -> bool:
@@ -128,14 +111,14 @@ class Stack:
         key: its owner's name, and whose tokens it sees.
         owner: the module whose call runs the layers.
         stacks: all stacks of the model, this one included.
-        inputs: the inputs of the outermost call, filled by whoever sees it.
+        call: the outermost call.
         takes_labels: whether labels and prompts of the outermost call speak of this stack's tokens.
     """
 
     def __init__(
-        self, key: StackKey, owner: nn.Module, stacks: dict[StackKey, Stack], inputs: CallInputs, takes_labels: bool
+        self, key: StackKey, owner: nn.Module, stacks: dict[StackKey, Stack], call: OuterCall, takes_labels: bool
     ) -> None:
-        self.key, self.stacks, self.inputs, self.takes_labels = key, stacks, inputs, takes_labels
+        self.key, self.stacks, self.call, self.takes_labels = key, stacks, call, takes_labels
         self.plans: dict[str, Plan] = {}
         self.context: Context | ReplayContext | None = None
         self.parameters = [p.name for p in inspect.signature(owner.forward).parameters.values()]
@@ -183,34 +166,31 @@ class Stack:
                 "nn.DataParallel runs one model in several threads, which would share one routing context. Use "
                 "DistributedDataParallel (`accelerate launch` or `torchrun`), or make one device visible."
             )
-        is_checkpointing = owner.training and self._bind_checkpoints()
-        self.context = self._context({**dict(zip(self.parameters, args, strict=False)), **kwargs}, is_checkpointing)
+        call = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if self.key.reads_memory:
+            memory, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
+            if memory is None:
+                return  # then no cross-attention runs
+            call = {"hidden_states": memory, "attention_mask": mask}  # no cache: it is read once, in the first call
+        self.context = self._context(call, is_checkpointing=owner.training and self._bind_checkpoints())
 
     def _context(self, call: dict[str, Any], is_checkpointing: bool) -> Context:
-        """The context of a call of the owner with the arguments `call`."""
-        cache = None
-        if self.key.reads_memory:  # whose keys and values are made once, in the first call
-            call = {
-                "hidden_states": call.get("encoder_hidden_states"),
-                "attention_mask": call.get("encoder_attention_mask"),
-            }
-        else:
-            cache = find_cache(call)
-        inputs = self.inputs
+        """The context of a call that the arguments `call` describe."""
+        outer, cache = self.call, find_cache(call)
         tensor = _leading_tensor(call)
         tokens = read_tokens(
             tensor,
             call,
             past=cached_length(cache),
-            labels=inputs.labels if self.takes_labels else None,
-            prompt_mask=inputs.prompt_mask if self.takes_labels else None,
-            prompt_length=inputs.prompt_length if self.takes_labels else None,
+            labels=outer.labels if self.takes_labels else None,
+            prompt_mask=outer.prompt_mask if self.takes_labels else None,
+            prompt_length=outer.prompt_length if self.takes_labels else None,
         )
         return Context(
             str(self.key),
             self.plans,
-            inputs.instruction_embeds,
-            inputs.prompt_length is not None,
+            outer.instruction,
+            outer.prompt_length is not None,
             tensor.shape[0],
             tokens,
             cache,

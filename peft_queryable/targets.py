@@ -1,0 +1,54 @@
+"""Which modules can be adapted; the others are refused by name, before anything is changed for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .layer import QueryableLoraLayer
+
+
+def check_target(model: nn.Module, name: str, target: nn.Module) -> None:
+    """Raise a ValueError, with the reason and a remedy, if module `target` called `name` cannot be adapted."""
+    if reason := _refusal(model, name, target):
+        raise ValueError(
+            f"Module {name!r} cannot be adapted: {reason}. Leave it out of `target_modules`, or name it in "
+            "`exclude_modules`."
+        )
+
+
+def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
+    base_layer: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(target, BaseTunerLayer) and not isinstance(target, QueryableLoraLayer):
+        return f"it already carries an adapter of type {type(target).__name__}"
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it, so an adapter on it would do nothing"
+    if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        return (
+            f"it is a {type(base_layer).__name__}, and Queryable LoRA adapts torch.nn.Linear and transformers Conv1D"
+        )
+    if ".experts." in f".{name}.":
+        return "it belongs to an expert, which gets loose tokens: their sequence, and so their route, is not known"
+    if not isinstance(model, PreTrainedModel):
+        return None
+    head: Any = model.get_output_embeddings()
+    if base_layer is (head.get_base_layer() if isinstance(head, BaseTunerLayer) else head):
+        return (
+            "it is the language model's head, which runs outside the routed layers and, in generation, on a part of "
+            "the tokens only; `modules_to_save` trains it in full"
+        )
+    if _reads_positions(model.config, name):
+        return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
+    return None
+
+
+def _reads_positions(config: Any, name: str) -> bool:
+    """Whether DeBERTa-v2's module `name` is applied to its relative position embeddings, beside the tokens."""
+    if config.model_type != "deberta-v2" or not config.relative_attention:
+        return False
+    return config.share_att_key and name.endswith(("query_proj", "key_proj"))
