@@ -28,14 +28,15 @@ class RoutingState:
         sums: per-token running sums, each [B, length, ...]: scope `causal`. A route of a later token starts from the
             last of them, and cutting tokens off is cutting them short.
         routes: weights of each block, each [B, 1, M]: the scopes whose routes stay as the prefill made them.
-        prefill_length: the shortest length that `routes` are still right for.
+        prefill_length: the shortest length that `routes` are still right for; a tensor of no dimension where it takes
+            data to tell.
     """
 
     router: int
     length: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     routes: dict[int, Tensor] = field(default_factory=dict)
-    prefill_length: int = 0
+    prefill_length: int | Tensor = 0
 
     def extended(self, length: int, sums: dict[str, Tensor]) -> RoutingState:
         """The state after `length` more tokens whose running sums are `sums`; this one stays as it is."""
@@ -49,7 +50,8 @@ class RoutingState:
         self.routes = {block: function(t) for block, t in self.routes.items()}
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.length -= tokens_to_remove
+        """Cut `-tokens_to_remove` tokens off the end: transformers gives the number as a negative one."""
+        self.length += tokens_to_remove
         self.sums = {name: t[:, : self.length] for name, t in self.sums.items()}
         if self.length < self.prefill_length:
             self.routes = {}  # they saw tokens that are gone; `load_state` refuses to go on from here
@@ -76,7 +78,7 @@ def load_state(cache: Cache | None, key: tuple[str, str], router: int) -> Routin
         )
     if not state.sums and not state.routes:
         raise ValueError(
-            f"The cache was cropped to {length} tokens, into the {state.prefill_length} that fixed the routes of "
+            f"The cache was cropped to {length} tokens, into the {int(state.prefill_length)} that fixed the routes of "
             f"adapter {adapter!r}. Start from an empty cache, or use `routing_scope='causal'`."
         )
     return state

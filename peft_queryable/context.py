@@ -155,7 +155,9 @@ class Routing:
         if self.past.routes:
             return self.past.extended(self.length, {})
         routes = {block: route.weights[:, -1:] for block, route in enumerate(self.routes) if route is not None}
-        return RoutingState(self.past.router, self.length, routes=routes, prefill_length=self.length)
+        return RoutingState(
+            self.past.router, self.length, routes=routes, prefill_length=self.pool.last_seen(self.length)
+        )
 
     def seal(self) -> None:
         """Cut what a replay reads off the graph: the graph holds the replay, and must not be held by it in turn."""

@@ -136,8 +136,8 @@ def read_tokens(
     if labels is not None and (labels.ndim != 2 or labels.is_floating_point()):
         labels = None  # of whole sequences, not of tokens
     real = real_tokens(kwargs.get("attention_mask"), batch)
-    if real is not None and past > 0:
-        real = real[:, past:]  # of the call's own tokens
+    if real is not None and (inputs.ndim == 3 or not inputs.is_floating_point()):
+        real = real[:, past : past + inputs.shape[1]]  # of the call's own tokens
     given = None
     if prompt_length is not None and past == 0:
         given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
@@ -189,3 +189,10 @@ class Pool:
     def count(self, states: Tensor) -> Tensor:
         """Number of tokens in each of the sums of `states` [B, T, r]: [B, T, 1] or [B, 1, 1]."""
         return self.sum(torch.ones_like(states[..., :1], requires_grad=False))
+
+    def last_seen(self, length: int) -> int | Tensor:
+        """Number of leading tokens, of `length` a row, after which a route that is not causal sees none in any row."""
+        if self.mask is None:
+            return length
+        is_seen = self.mask[..., 0].any(0)  # [T]
+        return (torch.arange(1, length + 1, device=is_seen.device) * is_seen).max()
