@@ -76,12 +76,15 @@ def packed_segments(kwargs: Mapping[str, Any], batch: int) -> Tensor | None:
     return torch.nn.functional.pad(restarts, (1, 0)).cumsum(-1).expand(batch, -1)
 
 
-def prompt_tokens(labels: Tensor | None, prompt_mask: Tensor | None, segments: Tensor | None) -> Tensor | None:
+def prompt_tokens(
+    labels: Tensor | None, prompt_mask: Tensor | None, real: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor | None:
     """Tokens [B, T] before the first supervised one of their sequence; None where nothing marks a prompt.
 
     Args:
         labels: [B, T], -100 where unsupervised.
         prompt_mask: [B, T] bool or 0/1, True for prompt tokens; wins over `labels`.
+        real: as in [`Tokens`]; padding is not supervised, whatever the other two say of it.
         segments: as in [`Tokens`].
     """
     if prompt_mask is not None:
@@ -90,6 +93,8 @@ def prompt_tokens(labels: Tensor | None, prompt_mask: Tensor | None, segments: T
         supervised = labels != IGNORE_INDEX
     else:
         return None
+    if real is not None:
+        supervised = supervised & real
     return segment_cumsum(supervised.long().unsqueeze(-1), segments).squeeze(-1) == 0
 
 
@@ -141,7 +146,7 @@ def read_tokens(
     given = None
     if prompt_length is not None and past == 0:
         given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
-    return Tokens(real, prompt_tokens(labels, prompt_mask, segments), given, segments)
+    return Tokens(real, prompt_tokens(labels, prompt_mask, real, segments), given, segments)
 
 
 class Pool:
