@@ -80,7 +80,8 @@ class Routing:
         self.plan, self.batch, self.instruction, self.past = plan, batch, instruction, past
         self.keeps_states = keeps_states
         self.pool = Pool(tokens, plan.scope)
-        self.counts: dict[int, Tensor] = {}  # by number of tokens a row
+        self.count: Tensor | None = None  # number of tokens in each sum over `counted` tokens a row
+        self.counted = 0
         self.length = 0
         self.sums: dict[str, Tensor] = {}  # running sums of this call's tokens, for the cache
         self.routes: list[Route | None] = [None] * plan.num_blocks
@@ -126,7 +127,7 @@ class Routing:
     def _block_mean(self, block: int) -> Tensor:
         """Mean over the block's adapted modules of their pooled states (Algorithm 2, line 45): [B, K, r]."""
         states = [s.to(self.states[block][0].device) for s in self.states[block]]
-        if len({s.shape for s in states}) == 1:
+        if all(s.shape[1] == states[0].shape[1] for s in states):
             # Pooling is linear: one pooling of the modules' mean, not one a module.
             states = [torch.stack(states).to(torch.promote_types(states[0].dtype, torch.float32)).mean(0)]
         return torch.stack([self._pooled(f"mean.{block}", s) for s in states]).mean(0)
@@ -134,10 +135,9 @@ class Routing:
     def _pooled(self, name: str, states: Tensor) -> Tensor:
         """Mean of `states` [B, T, r] over the tokens that the scope sees (Eq. 15): [B, K, r]."""
         length = states.shape[1]
-        if length not in self.counts:
-            self.counts[length] = self._continued("count", self.pool.count(states))
-        sums = self._continued(name, self.pool.sum(states))
-        return sums / self.counts[length].to(sums.device).clamp(min=1)
+        if self.count is None or self.counted != length:
+            self.count, self.counted = self._continued("count", self.pool.count(states)).clamp(min=1), length
+        return self._continued(name, self.pool.sum(states)) / self.count.to(states.device)
 
     def _continued(self, name: str, sums: Tensor) -> Tensor:
         """Running sums [B, T, ...] of the call, continued from those of the cached tokens."""

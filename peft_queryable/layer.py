@@ -117,7 +117,7 @@ class Linear(nn.Module, QueryableLoraLayer):
         states = self._by_row(lora_A(x), routing.batch)  # s, [B, T, r]
         route = routing.route(place.block, self, lambda: self._entry_states(adapter, x, states))
         routing.keep(place.block, states)
-        if route.weights.shape[1] not in (1, states.shape[1]):
+        if route.weights.shape[1] != 1 and route.weights.shape[1] != states.shape[1]:
             raise ValueError(
                 f"A module got {states.shape[1]} tokens a row, but its block routes {route.weights.shape[1]}: it sees "
                 "other tokens than its stack. Exclude it with `exclude_modules`."
