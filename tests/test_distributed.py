@@ -1,0 +1,27 @@
+"""Two gloo processes on one machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+
+
+def launch(*arguments: str) -> None:
+    """Run the worker in two processes, and show what it printed if it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("checkpointing", ["plain", "checkpointing"])
+@pytest.mark.parametrize("scope", ["causal", "sequence"])
+def test_ddp_equals_one_process(scope, checkpointing):
+    """Gradients of DDP without `find_unused_parameters` equal those of one process on the joined batch."""
+    launch(scope, checkpointing)
