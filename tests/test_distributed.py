@@ -22,6 +22,7 @@ def launch(*arguments: str) -> None:
 
 @pytest.mark.parametrize("checkpointing", ["plain", "checkpointing"])
 @pytest.mark.parametrize("scope", ["causal", "sequence"])
-def test_ddp_equals_one_process(scope, checkpointing):
-    """Gradients of DDP without `find_unused_parameters` equal those of one process on the joined batch."""
-    launch(scope, checkpointing)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(strategy, scope, checkpointing):
+    """Gradients and saved adapters of DDP (without `find_unused_parameters`) and FSDP2 equal one process's."""
+    launch(strategy, scope, checkpointing)
