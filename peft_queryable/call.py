@@ -40,6 +40,7 @@ class OuterCall:
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, always_call=True),
         ]
+        self.own_generate = vars(model).get("generate")  # a patch that was there before, by TRL say
         self.base_generate: Any = getattr(model, "generate", None)
         if self.base_generate is not None:
             setattr(model, "generate", self.generate)  # noqa: B010  (a method, to the type checker)
@@ -48,8 +49,8 @@ class OuterCall:
         """Leave `model` as it was."""
         for hook in self.hooks:
             hook.remove()
-        if self.base_generate is not None:
-            setattr(model, "generate", self.base_generate)  # noqa: B010
+        if vars(model).pop("generate", None) is not None and self.own_generate is not None:
+            setattr(model, "generate", self.own_generate)  # noqa: B010
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
@@ -91,7 +92,9 @@ class OuterCall:
         return max((prompt.shape[1] for prompt in prompts), default=1)  # generate starts from one start token
 
     def _check_prefill(self, kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config") or getattr(self.base_generate.__self__, "generation_config", None)
+        config = kwargs.get("generation_config") or getattr(
+            getattr(self.base_generate, "__self__", None), "generation_config", None
+        )
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         scopes = {plan.scope for plan in self.active_plans()} - {"causal"}
         if chunk is not None and scopes:

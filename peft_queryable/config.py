@@ -47,7 +47,8 @@ class QueryableLoraConfig(LoraConfig):
     top_k: int | None = field(
         default=4,
         metadata={
-            "help": "Number k of atoms a route mixes (Eq. 37); None mixes all of them (4: the paper's LLM runs)."
+            "help": "Number k of atoms a route mixes (Eq. 37); None mixes all of them (4: the paper's LLM runs). "
+            "With 1 the router gets no gradient: a softmax over one logit is constant."
         },
     )
     num_blocks: int = field(
@@ -102,14 +103,16 @@ class QueryableLoraConfig(LoraConfig):
     init_atom_scale: float = field(
         default=1.0,
         metadata={
-            "help": "Initial standard deviation of the atoms' entries, times sqrt(r) (the paper states none). It must "
-            "not be 0 with the default `init_lora_weights`: zero atoms give the router no gradient."
+            "help": "Initial standard deviation of the atoms' entries, times sqrt(r) (the paper states none). With 0 "
+            "the router learns only once the atoms have."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.QUERYABLE_LORA
+        if isinstance(self.query_terms, str):
+            raise ValueError(f"`query_terms` must be a list or tuple of terms, got {self.query_terms!r}.")
         self.query_terms = tuple(self.query_terms)  # JSON has lists only
         self._refuse_unsupported_fields()
         self._check_ranges()
@@ -122,22 +125,21 @@ class QueryableLoraConfig(LoraConfig):
             raise ValueError(f"QueryableLoraConfig does not support `init_lora_weights='mica'`: {_VARIANT}.")
 
     def _check_ranges(self) -> None:
-        for name in ("r", "num_atoms", "num_blocks", "router_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("r", "num_atoms", "num_blocks", "router_dim", "top_k", "instruction_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (value is None and name in ("top_k", "instruction_dim")):
+                raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.top_k is not None and not 1 <= self.top_k <= self.num_atoms:
             raise ValueError(
                 f"`top_k` must be between 1 and `num_atoms`={self.num_atoms}, or None for all atoms, got {self.top_k}."
             )
-        if self.instruction_dim is not None and self.instruction_dim < 1:
-            raise ValueError(
-                f"`instruction_dim` must be at least 1, or None for no instruction, got {self.instruction_dim}."
-            )
         for name in ("attention_temperature", "depth_temperature", "language_temperature"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         for name in ("instruction_strength", "instruction_query_weight", "init_atom_scale"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if not 0 < self.init_gate < 1:
             raise ValueError(f"`init_gate` must be between 0 and 1, both excluded, got {self.init_gate}.")

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _filter_state_dict_by_key_prefixes,
@@ -53,6 +52,7 @@ class QueryableLoraModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: QueryableLoraConfig, adapter_name: str) -> None:
         self.queryable_lora_router = nn.ModuleDict()
         self.stacks: dict[StackKey, Stack] = {}
+        _remove_hooks(model)
         self.call = OuterCall(model, self._active_plans)
 
     # Injection
@@ -185,9 +185,8 @@ class QueryableLoraModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        router = self.queryable_lora_router[adapter_name]
-        if autocast_adapter_dtype and router.keys.weight.dtype in (torch.float16, torch.bfloat16):
-            router.to(torch.float32)
+        layers = (m for m in self.model.modules() if isinstance(m, QueryableLoraLayer) and adapter_name in m.lora_A)
+        self.queryable_lora_router[adapter_name].to(next(layers).lora_A[adapter_name].weight)
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)
@@ -215,19 +214,33 @@ class QueryableLoraModel(BaseTuner):
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
         problems = [f"{key}: missing" for key in expected if key not in remapped]
+        problems += [f"{key}: the adapter has no such tensor" for key in remapped.keys() - expected if "lora_" in key]
         problems += [
             f"{key}: {tuple(remapped[key].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
             for key, tensor in expected.items()
             if key in remapped and remapped[key].shape != tensor.shape
         ]
+        problems.sort(key=lambda problem: ROUTER not in problem)  # the bank first: without it nothing is routed
         if problems:
+            listed = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
             raise ValueError(
-                f"The checkpoint does not fit adapter {adapter_name!r}; {len(problems)} of its tensors are missing or "
-                f"have another shape: {'; '.join(problems[:5])}{'; ...' if len(problems) > 5 else ''}. Load it with "
-                "the `adapter_config.json` it was saved with, onto the base model it was trained on; if the file is "
+                f"The checkpoint does not fit adapter {adapter_name!r}; {len(problems)} of its tensors are missing, "
+                f"left over or of another shape: {listed}. Load it with the "
+                "`adapter_config.json` it was saved with, onto the base model it was trained on; if the file is "
                 "damaged, fetch it again."
             )
         return remapped
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    """Free `model` of the hooks of a tuner that failed to load: one alone may take the inputs of a call."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            watcher = getattr(hook, "__self__", None)
+            if isinstance(watcher, OuterCall):
+                watcher.remove(model)
+            elif isinstance(watcher, Stack):
+                watcher.remove()
 
 
 def _create_router(config: QueryableLoraConfig, num_blocks: int) -> Router:

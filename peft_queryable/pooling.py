@@ -45,16 +45,18 @@ def real_tokens(attention_mask: Any, batch: int) -> Tensor | None:
     if isinstance(attention_mask, Mapping):  # one a layer type; sliding windows hide tokens, so the widest is meant
         masks = [m for name, m in attention_mask.items() if name == "full_attention"] or list(attention_mask.values())
         attention_mask = masks[0]
-    if not isinstance(attention_mask, Tensor):
+    if attention_mask is None:
         return None
-    if attention_mask.ndim == 2:
+    is_tensor = isinstance(attention_mask, Tensor)
+    if is_tensor and attention_mask.ndim == 2:
         return attention_mask.bool().expand(batch, -1)
-    if attention_mask.ndim == 4:
+    if is_tensor and attention_mask.ndim == 4:
         visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
         return visible[:, 0].any(-2).expand(batch, -1)  # [B, S]
+    kind = f"shape {tuple(attention_mask.shape)}" if is_tensor else f"type {type(attention_mask).__name__}"
     raise ValueError(
-        f"An attention mask of shape {tuple(attention_mask.shape)} does not tell which tokens are padding: pass one "
-        "of shape [batch, tokens] or [batch, 1, queries, keys]."
+        f"An attention mask of {kind} does not tell which tokens are padding: pass one of shape [batch, tokens] or "
+        "[batch, 1, queries, keys], and use `attn_implementation='sdpa'` if the model makes another from it."
     )
 
 
@@ -62,7 +64,7 @@ def packed_segments(kwargs: Mapping[str, Any], batch: int) -> Tensor | None:
     """Sequence index [B, T] of each token of packed rows, or None where every row is one sequence.
 
     Takes what collators of packed batches send: `seq_idx`, `cu_seq_lens_q` or `position_ids` that restart. As in
-    transformers' own attention, position_ids mean packing only without an attention mask and without a filled cache.
+    transformers' own attention, position_ids mean packing only without a mask [B, T] and without a filled cache.
     """
     if isinstance(seq_idx := kwargs.get("seq_idx"), Tensor):
         return seq_idx.long().expand(batch, -1)
@@ -70,7 +72,9 @@ def packed_segments(kwargs: Mapping[str, Any], batch: int) -> Tensor | None:
     if isinstance(bounds := kwargs.get("cu_seq_lens_q"), Tensor) and isinstance(positions, Tensor):
         index = torch.arange(positions.shape[-1], device=bounds.device)
         return torch.bucketize(index, bounds[1:], right=True).expand(batch, -1)
-    if kwargs.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+    mask = kwargs.get("attention_mask")
+    is_row_mask = isinstance(mask, Tensor) and mask.ndim == 2
+    if is_row_mask or not isinstance(positions, Tensor) or positions.ndim != 2:
         return None
     restarts = torch.diff(positions, dim=-1) != 1
     return torch.nn.functional.pad(restarts, (1, 0)).cumsum(-1).expand(batch, -1)

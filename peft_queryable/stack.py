@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -121,6 +123,7 @@ class Stack:
         self.key, self.stacks, self.call, self.takes_labels = key, stacks, call, takes_labels
         self.plans: dict[str, Plan] = {}
         self.context: Context | ReplayContext | None = None
+        self.thread = 0  # that opened it
         self.parameters = [p.name for p in inspect.signature(owner.forward).parameters.values()]
         self.checkpointing: list[Any] = [m for m in owner.modules() if hasattr(m, "gradient_checkpointing")]
         self.hooks = [
@@ -166,6 +169,12 @@ class Stack:
                 "nn.DataParallel runs one model in several threads, which would share one routing context. Use "
                 "DistributedDataParallel (`accelerate launch` or `torchrun`), or make one device visible."
             )
+        if self.context is not None and self.thread != threading.get_ident() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"Two threads call {self.key} at once, and would take each other's routes. Give each thread a copy of "
+                "the model, or let one call end before the next begins."
+            )
+        self.thread = threading.get_ident()
         call = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if self.key.reads_memory:
             memory, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")

@@ -29,9 +29,7 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter on it would do nothing"
     if not isinstance(base_layer, (nn.Linear, Conv1D)):
-        return (
-            f"it is a {type(base_layer).__name__}, and Queryable LoRA adapts torch.nn.Linear and transformers Conv1D"
-        )
+        return f"it is of type {type(base_layer).__name__}, and Queryable LoRA adapts torch.nn.Linear and Conv1D"
     if ".experts." in f".{name}.":
         return "it belongs to an expert, which gets loose tokens: their sequence, and so their route, is not known"
     if not isinstance(model, PreTrainedModel):

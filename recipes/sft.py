@@ -114,6 +114,10 @@ def finetune(folder, config, train_dataset, training_args, model_args):
     )
     trainer.train()
     trainer.save_model()
+    if "wandb" in args.report_to:  # the Trainer leaves its run open, and the next method would go on in it
+        import wandb
+
+        wandb.finish()
     return {
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
         "seconds_a_step": statistics.median(timer.seconds[WARM_UP_STEPS:] or timer.seconds),

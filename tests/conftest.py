@@ -1,4 +1,4 @@
-"""Settings of all tests: few threads, reproducible property tests, and one warning that PEFT itself sets off."""
+"""Settings of all tests: few threads, reproducible property tests, and warnings that PEFT itself sets off."""
 
 import hypothesis
 import pytest
@@ -10,10 +10,34 @@ hypothesis.settings.load_profile("quick")
 
 
 def pytest_configure(config):
-    # peft 0.21 reads this property of transformers 5.23 models whenever it wraps one.
-    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+    # What transformers 5.23 renamed is still the name that PEFT, TRL and older transformers use.
+    message = r"`\w*gradient_checkpointing\w*` is deprecated"
+    config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning")
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-table", action="store_true", help="write docs/architectures.md from what passes")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of architectures, from the outcome of test_architectures.py."""
+    if config.getoption("--write-table"):
+        from architectures import write_table
+
+        reports = [
+            (outcome, report)
+            for outcome in ("passed", "failed", "skipped")
+            for report in terminalreporter.getreports(outcome)
+        ]
+        write_table(
+            {
+                report.nodeid.rpartition("::")[2]: outcome
+                for outcome, report in reports
+                if report.when == "call" or outcome == "skipped"
+            }
+        )

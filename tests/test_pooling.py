@@ -117,7 +117,6 @@ def test_rows_may_be_packed_differently(lengths):
     assert torch.equal(packed_segments({"position_ids": positions}, len(lengths)), segments_of(lengths))
 
 
-@pytest.mark.filterwarnings("ignore:Padding-free training is enabled:UserWarning")
 def test_collator_of_trl():
     """The sequences of TRL's padding-free batch are the examples it was made of."""
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
@@ -204,26 +203,35 @@ def test_prompt_from_labels():
     """The prompt is what stands before the first supervised token; a row without one is all prompt."""
     labels = torch.tensor([[-100, -100, 5, -100], [7, -100, -100, 8], [-100, -100, -100, -100]])
     expected = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
-    assert torch.equal(prompt_tokens(labels, None, None), expected)
+    assert torch.equal(prompt_tokens(labels, None), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long], ids=str)
 def test_prompt_mask_wins_over_labels(dtype):
     """An explicit mask decides, and labels are not asked."""
     mask = torch.tensor([[1, 1, 1, 0]])
-    assert torch.equal(prompt_tokens(torch.full((1, 4), 5), mask.to(dtype), None), mask.bool())
+    assert torch.equal(prompt_tokens(torch.full((1, 4), 5), mask.to(dtype)), mask.bool())
 
 
 def test_prompts_of_packed_sequences():
     """Every sequence of a packed row has its own prompt."""
     labels = torch.tensor([[-100, 5, 6, -100, -100, 7, -100]])
     expected = torch.tensor([[1, 0, 0, 1, 1, 0, 1]]).bool()
-    assert torch.equal(prompt_tokens(labels, None, segments_of([[3, 3, 1]])), expected)
+    assert torch.equal(prompt_tokens(labels, None, segments=segments_of([[3, 3, 1]])), expected)
 
 
 def test_nothing_marks_a_prompt():
     """With neither labels nor a mask no prompt is marked."""
-    assert prompt_tokens(None, None, None) is None
+    assert prompt_tokens(None, None) is None
+
+
+def test_padding_is_not_supervised():
+    """Padding before the prompt ends no prompt, whatever the labels or the mask say of it."""
+    real = torch.tensor([[0, 0, 1, 1, 1]]).bool()
+    labels = torch.tensor([[0, 0, -100, 5, 6]])
+    mask = torch.tensor([[0, 0, 1, 0, 0]])
+    for prompt in (prompt_tokens(labels, None, real), prompt_tokens(None, mask, real)):
+        assert prompt[real].tolist() == [True, False, False]
 
 
 # Tokens of a call

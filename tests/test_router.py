@@ -80,11 +80,11 @@ def test_top_k_softmax_ignores_a_common_shift(case, shift):
     torch.testing.assert_close(top_k_softmax(logits + shift, k), top_k_softmax(logits, k))
 
 
-@pytest.mark.parametrize("k", [1, 2, ATOMS])
-def test_ties_are_broken_by_index(k):
-    """Of equal logits the first k are chosen, with equal weights."""
-    weights = top_k_softmax(torch.zeros(2, ATOMS), k)
-    torch.testing.assert_close(weights, (torch.arange(ATOMS) < k).float().expand(2, -1) / k)
+@pytest.mark.parametrize(("atoms", "k"), [(ATOMS, 1), (ATOMS, 2), (ATOMS, ATOMS), (500, 4)])
+def test_ties_are_broken_by_index(atoms, k):
+    """Of equal logits the first k are chosen, with equal weights, of however many."""
+    weights = top_k_softmax(torch.zeros(2, atoms), k)
+    torch.testing.assert_close(weights, (torch.arange(atoms) < k).float().expand(2, -1) / k)
 
 
 @pytest.mark.parametrize("k", [1, 3, ATOMS, None])
