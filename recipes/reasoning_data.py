@@ -12,7 +12,7 @@ from types import ModuleType
 from datasets import Dataset
 
 SYSTEM = "Give only the final answer."
-SEED = 2605  # any other would do
+SEED = 2606  # the learning rate and the families were chosen on 2605, so this held-out data is untouched
 TRAIN_SIZE, TEST_SIZE = 400, 100  # two adapters train in under 9 minutes on two cores
 # Small settings: questions and answers stay short enough for two cores.
 FAMILIES = {
