@@ -25,8 +25,8 @@ class RoutingState:
     Args:
         router: identity of the router whose states these are.
         length: number of tokens of each row, padding included, that the state covers.
-        sums: per-token running sums, each [B, length, ...]: scope `causal`. A route of a later token starts from the
-            last of them, and cutting tokens off is cutting them short.
+        sums: running sums of scope `causal`, of every token or the last, each [B, length or 1, ...]. A route of a
+            later token starts from the last of them, and cutting tokens off is cutting them short.
         routes: weights of each block, each [B, 1, M]: the scopes whose routes stay as the prefill made them.
         prefill_length: the shortest length that `routes` are still right for; a tensor of no dimension where it takes
             data to tell.
@@ -38,9 +38,15 @@ class RoutingState:
     routes: dict[int, Tensor] = field(default_factory=dict)
     prefill_length: int | Tensor = 0
 
-    def extended(self, length: int, sums: dict[str, Tensor]) -> RoutingState:
-        """The state after `length` more tokens whose running sums are `sums`; this one stays as it is."""
-        if self.sums:
+    def extended(self, length: int, sums: dict[str, Tensor], is_croppable: bool) -> RoutingState:
+        """The state after `length` more tokens whose running sums are `sums`; this one stays as it is.
+
+        Only a croppable cache can go back to an earlier token: on another, the last sums are all there is to keep, and
+        their shape stays the same from step to step, as torch.compile likes it.
+        """
+        if not is_croppable:
+            sums = {name: new[:, -1:] for name, new in sums.items()}
+        elif self.sums:
             sums = {name: torch.cat([self.sums[name], new], dim=1) for name, new in sums.items()}
         return RoutingState(self.router, self.length + length, sums, self.routes, self.prefill_length)
 
@@ -52,9 +58,12 @@ class RoutingState:
     def crop(self, tokens_to_remove: int) -> None:
         """Cut `-tokens_to_remove` tokens off the end: transformers gives the number as a negative one."""
         self.length += tokens_to_remove
-        self.sums = {name: t[:, : self.length] for name, t in self.sums.items()}
+        self.sums = {name: t[:, : max(t.shape[1] + tokens_to_remove, 0)] for name, t in self.sums.items()}
+        # What saw tokens that are gone is dropped, and `load_state` refuses to go on from there.
+        if any(t.shape[1] == 0 for t in self.sums.values()):
+            self.sums = {}
         if self.length < self.prefill_length:
-            self.routes = {}  # they saw tokens that are gone; `load_state` refuses to go on from here
+            self.routes = {}
 
 
 def load_state(cache: Cache | None, key: tuple[str, str], router: int) -> RoutingState:
@@ -78,8 +87,8 @@ def load_state(cache: Cache | None, key: tuple[str, str], router: int) -> Routin
         )
     if not state.sums and not state.routes:
         raise ValueError(
-            f"The cache was cropped to {length} tokens, into the {int(state.prefill_length)} that fixed the routes of "
-            f"adapter {adapter!r}. Start from an empty cache, or use `routing_scope='causal'`."
+            f"The cache was cropped to {length} tokens, into those that fixed the routes of adapter {adapter!r}. "
+            "Start from an empty cache, or use `routing_scope='causal'`."
         )
     return state
 
@@ -94,10 +103,13 @@ def cached_length(cache: Cache | None) -> int:
     """Number of tokens of each row, padding included, that `cache` holds."""
     if cache is None:
         return 0
+    lengths = [state.length for state in _states(cache)]
+    if lengths and torch.compiler.is_compiling():
+        return max(lengths)  # a static cache counts in a tensor, which a graph cannot read
     try:
         return int(cache.get_seq_length())
     except ValueError:  # of linear attention alone, which keeps no count: ours is all there is
-        return max((state.length for state in _states(cache)), default=int(cache.has_previous_state()))
+        return max(lengths) if lengths else int(cache.has_previous_state())
 
 
 def store_state(cache: Cache, key: tuple[str, str], state: RoutingState) -> None:

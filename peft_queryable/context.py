@@ -148,12 +148,10 @@ class Routing:
         self.sums[name] = sums
         return sums
 
-    def state(self) -> RoutingState:
-        """What the call's cache has to carry for the tokens to come."""
-        if self.plan.scope == "causal":
-            return self.past.extended(self.length, self.sums)
-        if self.past.routes:
-            return self.past.extended(self.length, {})
+    def state(self, is_croppable: bool) -> RoutingState:
+        """What the call's cache, croppable or not, has to carry for the tokens to come."""
+        if self.plan.scope == "causal" or self.past.routes:
+            return self.past.extended(self.length, self.sums, is_croppable)
         routes = {block: route.weights[:, -1:] for block, route in enumerate(self.routes) if route is not None}
         return RoutingState(
             self.past.router, self.length, routes=routes, prefill_length=self.pool.last_seen(self.length)
@@ -251,7 +249,7 @@ class Context:
         cache = self.cache if self.cache is not None else find_cache(output)
         for adapter, routing in self.routings.items():
             if cache is not None:
-                store_state(cache, (adapter, self.name), routing.state())
+                store_state(cache, (adapter, self.name), routing.state(cache.is_croppable))
             if self.is_checkpointing:
                 routing.seal()
 

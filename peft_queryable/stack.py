@@ -169,12 +169,8 @@ class Stack:
                 "nn.DataParallel runs one model in several threads, which would share one routing context. Use "
                 "DistributedDataParallel (`accelerate launch` or `torchrun`), or make one device visible."
             )
-        if self.context is not None and self.thread != threading.get_ident() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"Two threads call {self.key} at once, and would take each other's routes. Give each thread a copy of "
-                "the model, or let one call end before the next begins."
-            )
-        self.thread = threading.get_ident()
+        if not torch.compiler.is_compiling():
+            self._claim_thread()
         call = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if self.key.reads_memory:
             memory, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
@@ -182,6 +178,14 @@ class Stack:
                 return  # then no cross-attention runs
             call = {"hidden_states": memory, "attention_mask": mask}  # no cache: it is read once, in the first call
         self.context = self._context(call, is_checkpointing=owner.training and self._bind_checkpoints())
+
+    def _claim_thread(self) -> None:
+        if self.context is not None and self.thread != threading.get_ident():
+            raise RuntimeError(
+                f"Two threads call {self.key} at once, and would take each other's routes. Give each thread a copy of "
+                "the model, or let one call end before the next begins."
+            )
+        self.thread = threading.get_ident()
 
     def _context(self, call: dict[str, Any], is_checkpointing: bool) -> Context:
         """The context of a call that the arguments `call` describe."""
