@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .cache import RoutingState, find_cache, load_state, store_state
 from .pooling import Pool, Tokens
 from .router import Router
-
-if TYPE_CHECKING:
-    from .layer import QueryableLoraLayer
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,9 @@ class Routing:
         self.routes: list[Route | None] = [None] * plan.num_blocks
         self.means: list[Tensor | None] = [None] * plan.num_blocks  # pooled block means, [B, K, r]
         self.states: list[list[Tensor]] = [[] for _ in range(plan.num_blocks)]  # rank states by block, each [B, T, r]
-        self.entries: list[QueryableLoraLayer | None] = [None] * plan.num_blocks
+        self.entries: list[nn.Module | None] = [None] * plan.num_blocks
 
-    def route(self, block: int, layer: QueryableLoraLayer, entry_states: Callable[[], Tensor]) -> Route:
+    def route(self, block: int, layer: nn.Module, entry_states: Callable[[], Tensor]) -> Route:
         """The route of `block`, made from `entry_states()` [B, T, r] by the first layer that asks."""
         route = self.routes[block]
         if route is None:
@@ -180,7 +177,7 @@ class Replay:
     def __init__(self, routing: Routing) -> None:
         self.routing, self.batch = routing, routing.batch
 
-    def route(self, block: int, layer: QueryableLoraLayer, entry_states: Callable[[], Tensor]) -> Route:
+    def route(self, block: int, layer: nn.Module, entry_states: Callable[[], Tensor]) -> Route:
         if self.routing.entries[block] is layer:
             return self.routing.make_route(block, entry_states)[0]
         route = self.routing.routes[block]
