@@ -19,7 +19,7 @@ def build(scope: str, is_checkpointing: bool) -> nn.Module:
     model = adapted(llama(num_hidden_layers=2).double(), target_modules="all-linear", routing_scope=scope)
     randomise(model)
     if is_checkpointing:
-        model.get_base_model().activation_checkpointing_enable()
+        model.get_base_model().gradient_checkpointing_enable()
     return model.train()
 
 
