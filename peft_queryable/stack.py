@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -168,6 +169,11 @@ class Stack:
             raise RuntimeError(
                 "nn.DataParallel runs one model in several threads, which would share one routing context. Use "
                 "DistributedDataParallel (`accelerate launch` or `torchrun`), or make one device visible."
+            )
+        if any(isinstance(plan.router.keys, FullyShardedDataParallel) for plan in self.plans.values()):
+            raise RuntimeError(
+                "Under PEFT's `fsdp_auto_wrap_policy` FSDP1 wraps each tensor of the adapter alone, so layers cannot "
+                "read them together. Use FSDP2 (`fsdp_version: 2`), or wrap whole decoder layers."
             )
         if not torch.compiler.is_compiling():
             self._claim_thread()
