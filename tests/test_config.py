@@ -32,7 +32,9 @@ DEFAULTS = {
 
 OUT_OF_RANGE = [
     *[(name, value) for name in ("r", "num_atoms", "num_blocks", "router_dim") for value in (0, -1)],
+    *[(name, 2.5) for name in ("r", "num_atoms", "num_blocks", "router_dim", "top_k", "instruction_dim")],
     *[("top_k", value) for value in (0, -1, 17)],
+    ("query_terms", "state"),
     *[("instruction_dim", value) for value in (0, -1)],
     *[
         (name, value)

@@ -280,6 +280,29 @@ def test_threads_with_a_model_each():
     assert max(differences) < 1e-12
 
 
+def test_two_threads_in_one_model_are_refused():
+    """A call that begins while another thread's is open raises; the open one ends as it would."""
+    model, ids = adapted(llama(), target_modules="all-linear"), token_ids(2, PROMPT)
+    randomise(model)
+    expected = outputs(model, {"input_ids": ids})
+    is_open, may_end, results = threading.Event(), threading.Event(), []
+
+    def pause(*_):
+        is_open.set()
+        assert may_end.wait(30)
+
+    hook = model.base_model.model.model.norm.register_forward_pre_hook(pause)  # after the last adapted module
+    thread = threading.Thread(target=lambda: results.append(outputs(model, {"input_ids": ids})))
+    thread.start()
+    assert is_open.wait(30)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="Two threads"):
+        model(ids)
+    may_end.set()
+    thread.join()
+    assert torch.equal(results[0], expected)
+
+
 def test_sequence_scope_in_a_decoder_is_fixed_at_prefill():
     """In scope `sequence` the route of the prompt stays, with a cache or without."""
     model = adapted(llama().double(), target_modules="all-linear", routing_scope="sequence")
