@@ -53,8 +53,8 @@ class Route:
 class Routing:
     """Routes of one adapter in one call: made block by block while the stack runs.
 
-    States are kept in slots by block, never appended to by position, so that a layer may run again in the backward
-    pass of gradient checkpointing (see [`Replay`]).
+    Only the call itself adds to it: layers that run again in the backward pass of gradient checkpointing read it, and
+    add nothing (see [`Replay`]).
 
     Args:
         plan: how the adapter routes the stack.

@@ -60,17 +60,20 @@ def real_tokens(attention_mask: Any, batch: int) -> Tensor | None:
     )
 
 
-def packed_segments(kwargs: Mapping[str, Any], batch: int) -> Tensor | None:
+def packed_segments(kwargs: Mapping[str, Any], batch: int, length: int | None = None) -> Tensor | None:
     """Sequence index [B, T] of each token of packed rows, or None where every row is one sequence.
 
     Takes what collators of packed batches send: `seq_idx`, `cu_seq_lens_q` or `position_ids` that restart. As in
     transformers' own attention, position_ids mean packing only without a mask [B, T] and without a filled cache.
+    `length` is the number T of tokens a row, where the call tells it; else position_ids do.
     """
     if isinstance(seq_idx := kwargs.get("seq_idx"), Tensor):
         return seq_idx.long().expand(batch, -1)
     positions = kwargs.get("position_ids")
-    if isinstance(bounds := kwargs.get("cu_seq_lens_q"), Tensor) and isinstance(positions, Tensor):
-        index = torch.arange(positions.shape[-1], device=bounds.device)
+    if length is None and isinstance(positions, Tensor):
+        length = positions.shape[-1]
+    if isinstance(bounds := kwargs.get("cu_seq_lens_q"), Tensor) and length is not None:
+        index = torch.arange(length, device=bounds.device)
         return torch.bucketize(index, bounds[1:], right=True).expand(batch, -1)
     mask = kwargs.get("attention_mask")
     is_row_mask = isinstance(mask, Tensor) and mask.ndim == 2
@@ -141,12 +144,14 @@ def read_tokens(
         prompt_length: number of leading tokens of each row that are its prompt.
     """
     batch = inputs.shape[0]
-    segments = packed_segments(kwargs, batch) if past == 0 else None
+    has_tokens = inputs.ndim == (3 if inputs.is_floating_point() else 2)
+    length = inputs.shape[1] if has_tokens else None
+    segments = packed_segments(kwargs, batch, length) if past == 0 else None
     if labels is not None and (labels.ndim != 2 or labels.is_floating_point()):
         labels = None  # of whole sequences, not of tokens
     real = real_tokens(kwargs.get("attention_mask"), batch)
-    if real is not None and (inputs.ndim == 3 or not inputs.is_floating_point()):
-        real = real[:, past : past + inputs.shape[1]]  # of the call's own tokens
+    if real is not None and length is not None:
+        real = real[:, past : past + length]  # of the call's own tokens
     given = None
     if prompt_length is not None and past == 0:
         given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)

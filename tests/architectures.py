@@ -110,10 +110,6 @@ class Decoder(Architecture):
     pads: bool = True
 
 
-def hybrid(config, **kwargs):
-    return config(**DECODER | kwargs)
-
-
 ARCHITECTURES: dict[str, Architecture] = {
     "Llama": Decoder(lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER))),
     "Qwen2": Decoder(lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER))),

@@ -390,3 +390,16 @@ def test_other_tokens_than_the_calls_are_refused(scope, name):
     mask = torch.ones(2, 4, dtype=torch.bool if name == "real" else torch.long)
     with pytest.raises(ValueError, match=r"3 tokens .* have 4\. .*`exclude_modules`"):
         Pool(Tokens(**{name: mask}), scope).sum(torch.randn(2, 3, RANK))
+
+
+def test_sequence_bounds_alone_mark_packing():
+    """`cu_seq_lens_q` tells packed sequences apart without position_ids beside it."""
+    bounds = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+    tokens = read_tokens(torch.zeros(1, 9, dtype=torch.long), {"cu_seq_lens_q": bounds})
+    assert torch.equal(tokens.segments, segments_of([[4, 2, 3]]))
+
+
+def test_inputs_without_a_token_axis():
+    """A call on indices [B], as a plain module with an embedding gets, has rows and no tokens to tell apart."""
+    tokens = read_tokens(torch.zeros(3, dtype=torch.long), {})
+    assert tokens.real is None and tokens.segments is None

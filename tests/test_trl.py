@@ -70,7 +70,7 @@ def config(**kwargs) -> QueryableLoraConfig:
     return QueryableLoraConfig(r=4, target_modules=LLAMA_PROJECTIONS, task_type="CAUSAL_LM", **kwargs)
 
 
-def assert_trained(trainer, is_ready: bool = False) -> None:
+def assert_trained(trainer) -> None:
     """Every trainable tensor of the adapter has moved, the bank's too, and nothing else has."""
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
