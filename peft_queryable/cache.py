@@ -7,7 +7,7 @@ the cache: reorder (beams), crop (assisted decoding), repeat, select, reset and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -30,6 +30,8 @@ class RoutingState:
         routes: weights of each block, each [B, 1, M]: the scopes whose routes stay as the prefill made them.
         prefill_length: the shortest length that `routes` are still right for; a tensor of no dimension where it takes
             data to tell.
+        rows: [B] bool, the rows that the adapter serves in a batch of several adapters, the others being zero in
+            `sums` and `routes`; None where it serves all.
     """
 
     router: int
@@ -37,6 +39,7 @@ class RoutingState:
     sums: dict[str, Tensor] = field(default_factory=dict)
     routes: dict[int, Tensor] = field(default_factory=dict)
     prefill_length: int | Tensor = 0
+    rows: Tensor | None = None
 
     def extended(self, length: int, sums: dict[str, Tensor], is_croppable: bool) -> RoutingState:
         """The state after `length` more tokens whose running sums are `sums`; this one stays as it is.
@@ -54,6 +57,19 @@ class RoutingState:
         """Replace every tensor by `function` of it, which acts on the batch dimension."""
         self.sums = {name: function(t) for name, t in self.sums.items()}
         self.routes = {block: function(t) for block, t in self.routes.items()}
+        self.rows = None if self.rows is None else function(self.rows)
+
+    def of_rows(self, index: Tensor) -> RoutingState:
+        """The state of the rows `index` [n] alone."""
+        state = replace(self, rows=None)
+        state.map_rows(lambda t: t[index.to(t.device)])
+        return state
+
+    def spread(self, index: Tensor, batch: int) -> RoutingState:
+        """This state of n rows as that of the rows `index` [n] among `batch`."""
+        state = replace(self, rows=torch.ones_like(index, dtype=torch.bool))
+        state.map_rows(lambda t: t.new_zeros(batch, *t.shape[1:]).index_copy(0, index.to(t.device), t))
+        return state
 
     def crop(self, tokens_to_remove: int) -> None:
         """Cut `-tokens_to_remove` tokens off the end: transformers gives the number as a negative one."""
@@ -66,8 +82,11 @@ class RoutingState:
             self.routes = {}
 
 
-def load_state(cache: Cache | None, key: tuple[str, str], router: int) -> RoutingState:
+def load_state(cache: Cache | None, key: tuple[str, str], router: int, rows: Tensor | None = None) -> RoutingState:
     """The state that `cache` carries for `key` (adapter and stack), empty for an empty or missing cache.
+
+    Args:
+        rows: [n], the rows that the adapter serves, whose state is wanted; None for all.
 
     Raises:
         ValueError: if tokens were put into the cache without this adapter, under another one, or if it was cropped
@@ -78,8 +97,10 @@ def load_state(cache: Cache | None, key: tuple[str, str], router: int) -> Routin
     if length == 0:
         return RoutingState(router)
     adapter = key[0]
-    if state is None or state.router != router or state.length != length:
-        covered = 0 if state is None or state.router != router else state.length
+    served = None if state is None or state.rows is None else state.rows.nonzero()[:, 0]
+    is_same = rows is None if served is None else rows is not None and torch.equal(served, rows.to(served.device))
+    if state is None or state.router != router or state.length != length or not is_same:
+        covered = 0 if state is None or state.router != router or not is_same else state.length
         raise ValueError(
             f"The cache holds {length} tokens, but adapter {adapter!r} routed {covered} of them: the others went in "
             "without it, under another adapter, or through another model. Start from an empty cache, or fill this one "
@@ -90,7 +111,7 @@ def load_state(cache: Cache | None, key: tuple[str, str], router: int) -> Routin
             f"The cache was cropped to {length} tokens, into those that fixed the routes of adapter {adapter!r}. "
             "Start from an empty cache, or use `routing_scope='causal'`."
         )
-    return state
+    return state if rows is None else state.of_rows(rows)
 
 
 def find_cache(values: Any) -> Cache | None:

@@ -27,6 +27,8 @@ class OuterCall:
         prompt_mask: [B, T] bool or 0/1, True for prompt tokens.
         prompt_length: in `generate`, the number of leading tokens that are the prompt; None outside.
         instruction: embeddings e(c), [B, d_c] or [1, d_c].
+        adapter_names: [B], the adapter of each row of a batch that has several, "__base__" for none; None for a batch
+            of the active ones.
     """
 
     def __init__(self, model: nn.Module, active_plans: Callable[[], list[Plan]]) -> None:
@@ -35,6 +37,7 @@ class OuterCall:
         self.prompt_mask: Tensor | None = None
         self.prompt_length: int | None = None
         self.instruction: Tensor | None = None
+        self.adapter_names: list[str] | None = None
         self.is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.hooks = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -52,6 +55,27 @@ class OuterCall:
         if vars(model).pop("generate", None) is not None and self.own_generate is not None:
             setattr(model, "generate", self.own_generate)  # noqa: B010
 
+    @property
+    def is_generating(self) -> bool:
+        """Whether a step of `generate` runs, which repeats rows, for beams say."""
+        return self.prompt_length is not None
+
+    def row_adapters(self, batch: int) -> list[str] | None:
+        """The adapter of each of `batch` rows, or None for a batch of the active adapters.
+
+        Raises:
+            ValueError: if `adapter_names` has another number of names.
+        """
+        names = self.adapter_names
+        if names is None:
+            return None
+        if len(names) == 0 or batch % len(names) or (batch != len(names) and not self.is_generating):
+            raise ValueError(
+                f"`adapter_names` has {len(names)} names for a batch of {batch}: give one name for each row, "
+                "'__base__' for rows without an adapter."
+            )
+        return [name for name in names for _ in range(batch // len(names))]
+
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
         self.labels = kwargs.get("labels")
@@ -59,13 +83,13 @@ class OuterCall:
             self.labels = F.pad(self.labels, (1, -1), value=IGNORE_INDEX)  # there, a label is the next input token
         self.prompt_mask = kwargs.pop("prompt_mask", None)
         instruction = kwargs.pop("instruction_embeds", None)
-        if self.prompt_length is None:  # else this is a step of `generate`, which was given the instruction
+        if not self.is_generating:  # else this is one of its steps, and it was given the instruction
             self.instruction = self._checked(instruction)
         return args, kwargs
 
     def _close(self, model: nn.Module, args: tuple, output: Any) -> None:
         self.labels = self.prompt_mask = None
-        if self.prompt_length is None:
+        if not self.is_generating:
             self.instruction = None
 
     def generate(self, *args: Any, instruction_embeds: Tensor | None = None, **kwargs: Any) -> Any:

@@ -50,6 +50,23 @@ class Route:
         return states + gate.to(states) * self.router.mix(self.weights.to(states.device), states)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows `index` [n] of a call's `batch` rows that one adapter serves, where a batch has several adapters."""
+
+    index: Tensor
+    batch: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """Activations [B, ..., d] or [B T, d] of these rows: [n, T, d]."""
+        return x.reshape(self.batch, -1, x.shape[-1])[self.index.to(x.device)]
+
+    def put(self, x: Tensor, rows: Tensor) -> Tensor:
+        """`x` with `rows` [n, T, d] in the place of these rows."""
+        by_row = x.reshape(self.batch, -1, x.shape[-1])
+        return by_row.index_copy(0, self.index.to(x.device), rows.to(x.dtype)).view(x.shape)
+
+
 class Routing:
     """Routes of one adapter in one call: made block by block while the stack runs.
 
@@ -58,8 +75,9 @@ class Routing:
 
     Args:
         plan: how the adapter routes the stack.
-        tokens: the call's tokens.
-        batch: number B of rows of the call.
+        tokens: the tokens of the rows that the adapter serves.
+        batch: number B of these rows.
+        rows: which of the call's rows they are, or None for all.
         instruction: embedding [B, d_c] or [1, d_c], or None.
         past: routing state of the tokens that the call's cache holds.
         keeps_states: whether block states must outlive the mean made of them, for a replay.
@@ -70,11 +88,12 @@ class Routing:
         plan: Plan,
         tokens: Tokens,
         batch: int,
+        rows: Rows | None,
         instruction: Tensor | None,
         past: RoutingState,
         keeps_states: bool,
     ) -> None:
-        self.plan, self.batch, self.instruction, self.past = plan, batch, instruction, past
+        self.plan, self.batch, self.rows, self.instruction, self.past = plan, batch, rows, instruction, past
         self.keeps_states = keeps_states
         self.pool = Pool(tokens, plan.scope)
         self.count: Tensor | None = None  # number of tokens in each sum over `counted` tokens a row
@@ -148,11 +167,12 @@ class Routing:
     def state(self, is_croppable: bool) -> RoutingState:
         """What the call's cache, croppable or not, has to carry for the tokens to come."""
         if self.plan.scope == "causal" or self.past.routes:
-            return self.past.extended(self.length, self.sums, is_croppable)
-        routes = {block: route.weights[:, -1:] for block, route in enumerate(self.routes) if route is not None}
-        return RoutingState(
-            self.past.router, self.length, routes=routes, prefill_length=self.pool.last_seen(self.length)
-        )
+            state = self.past.extended(self.length, self.sums, is_croppable)
+        else:
+            routes = {block: route.weights[:, -1:] for block, route in enumerate(self.routes) if route is not None}
+            prefill_length = self.pool.last_seen(self.length)
+            state = RoutingState(self.past.router, self.length, routes=routes, prefill_length=prefill_length)
+        return state if self.rows is None else state.spread(self.rows.index, self.rows.batch)
 
     def seal(self) -> None:
         """Cut what a replay reads off the graph: the graph holds the replay, and must not be held by it in turn."""
@@ -175,7 +195,7 @@ class Replay:
     """
 
     def __init__(self, routing: Routing) -> None:
-        self.routing, self.batch = routing, routing.batch
+        self.routing, self.batch, self.rows = routing, routing.batch, routing.rows
 
     def route(self, block: int, layer: nn.Module, entry_states: Callable[[], Tensor]) -> Route:
         if self.routing.entries[block] is layer:
@@ -194,6 +214,7 @@ class Context:
     Args:
         name: name of the stack.
         plans: by adapter, how it routes the stack.
+        adapter_names: [B], the adapter of each row where a batch has several, or None.
         instruction: embeddings [n, d_c] given to the outermost call.
         is_generating: whether the call is a step of `generate`, which repeats rows, for beams say.
         batch: number B of rows of the call.
@@ -206,6 +227,7 @@ class Context:
         self,
         name: str,
         plans: dict[str, Plan],
+        adapter_names: list[str] | None,
         instruction: Tensor | None,
         is_generating: bool,
         batch: int,
@@ -213,18 +235,32 @@ class Context:
         cache: Cache | None,
         is_checkpointing: bool,
     ) -> None:
-        self.name, self.plans, self.instruction, self.is_generating = name, plans, instruction, is_generating
+        self.name, self.plans, self.adapter_names = name, plans, adapter_names
+        self.instruction, self.is_generating = instruction, is_generating
         self.batch, self.tokens, self.cache, self.is_checkpointing = batch, tokens, cache, is_checkpointing
         self.routings: dict[str, Routing] = {}
 
     def routing(self, adapter: str) -> Routing:
         if adapter not in self.routings:
-            plan = self.plans[adapter]
-            past = load_state(self.cache, (adapter, self.name), id(plan.router))
-            self.routings[adapter] = Routing(
-                plan, self.tokens, self.batch, self._instruction(plan), past, keeps_states=self.is_checkpointing
-            )
+            self.routings[adapter] = self._start(self.plans[adapter])
         return self.routings[adapter]
+
+    def _start(self, plan: Plan) -> Routing:
+        rows, key = self._rows(plan.adapter), (plan.adapter, self.name)
+        tokens, batch, instruction, index = self.tokens, self.batch, self._instruction(plan), None
+        if rows is not None:
+            index = rows.index
+            tokens, batch = tokens.rows(index), len(index)
+            if instruction is not None and instruction.shape[0] > 1:
+                instruction = instruction[index.to(instruction.device)]
+        past = load_state(self.cache, key, id(plan.router), index)
+        return Routing(plan, tokens, batch, rows, instruction, past, keeps_states=self.is_checkpointing)
+
+    def _rows(self, adapter: str) -> Rows | None:
+        if self.adapter_names is None:
+            return None
+        index = [row for row, name in enumerate(self.adapter_names) if name == adapter]
+        return None if len(index) == self.batch else Rows(torch.tensor(index), self.batch)
 
     def _instruction(self, plan: Plan) -> Tensor | None:
         """Embeddings of the call's rows [B, d_c] or [1, d_c]."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import QueryableLoraConfig
+from .context import Replay, Routing
 from .router import Table
 
 if TYPE_CHECKING:
@@ -106,13 +107,18 @@ class Linear(nn.Module, QueryableLoraLayer):
             return result
         dtype = result.dtype
         for adapter in self.active_adapters:
-            if adapter in self.lora_A:
-                result = self._add_update(result, x, adapter)
+            if adapter not in self.lora_A:
+                continue
+            routing = self.places[adapter].stack.routing(adapter)
+            if routing.rows is None:
+                result = self._add_update(result, x, adapter, routing)
+            else:  # the adapter serves a part of the batch
+                updated = self._add_update(routing.rows.take(result), routing.rows.take(x), adapter, routing)
+                result = routing.rows.put(result, updated)
         return result.to(dtype)
 
-    def _add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+    def _add_update(self, result: Tensor, x: Tensor, adapter: str, routing: Routing | Replay) -> Tensor:
         lora_A, lora_B, place = self.lora_A[adapter], self.lora_B[adapter], self.places[adapter]
-        routing = place.stack.routing(adapter)
         x = self.lora_dropout[adapter](self._cast_input_dtype(x, lora_A.weight.dtype))
         states = self._by_row(lora_A(x), routing.batch)  # s, [B, T, r]
         route = routing.route(place.block, self, lambda: self._entry_states(adapter, x, states))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +26,7 @@ from .stack import Stack, StackKey, entry_groups, find_stacks, is_decoder, split
 from .targets import check_target
 
 ROUTER = "queryable_lora_router"
+BASE = "__base__"  # PEFT's name, in `adapter_names`, of no adapter
 
 
 class QueryableLoraModel(BaseTuner):
@@ -145,16 +146,44 @@ class QueryableLoraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _active_plans(self) -> list[Plan]:
-        return [stack.plans[a] for stack in self.stacks.values() for a in self.active_adapters if a in stack.plans]
+        names = self.call.adapter_names or self.active_adapters
+        return [plan for stack in self.stacks.values() for name, plan in stack.plans.items() if name in names]
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "Queryable LoRA does not support several adapters in one batch (`adapter_names`) yet: run the "
-                "examples of each adapter in a batch of their own, after `set_adapter`."
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """During the call, let each row of the batch be served by its own adapter (PEFT's `adapter_names`).
+
+        Raises:
+            ValueError: in training mode, or for an adapter that does not exist.
+        """
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        with ExitStack() as undo:
+            undo.callback(setattr, self.call, "adapter_names", None)
+            self.call.adapter_names = list(adapter_names)
+            for module in self.model.modules():
+                if isinstance(module, QueryableLoraLayer):
+                    undo.callback(setattr, module, "_active_adapter", module._active_adapter)
+                    module._active_adapter = sorted(set(adapter_names) - {BASE})
+                elif isinstance(module, AuxiliaryTrainingWrapper):
+                    undo.callback(module.register_forward_pre_hook(self._name_rows, with_kwargs=True).remove)
+            yield
+
+    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        if self.training:
+            raise ValueError("`adapter_names` is for inference: call `model.eval()`, or `set_adapter` to train one.")
+        if unknown := sorted(set(adapter_names) - {BASE, *self.peft_config}):
+            raise ValueError(
+                f"`adapter_names` names adapters that do not exist: {unknown}. There are {sorted(self.peft_config)}, "
+                f"and {BASE!r} for the base model."
             )
-        yield
+
+    def _name_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": self.call.row_adapters(args[0].shape[0])}
 
     # Adapter management: the bank is a part of its adapter
 

@@ -31,6 +31,11 @@ class Tokens:
     given: Tensor | None = None
     segments: Tensor | None = None
 
+    def rows(self, index: Tensor) -> Tokens:
+        """The tokens of the rows `index` [n] alone."""
+        masks = (self.real, self.prompt, self.given, self.segments)
+        return Tokens(*(None if mask is None else mask[index.to(mask.device)] for mask in masks))
+
 
 def real_tokens(attention_mask: Any, batch: int) -> Tensor | None:
     """Real tokens [B, S], cached ones included, told from the mask that attention gets; None if it masks none.

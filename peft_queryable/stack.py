@@ -208,8 +208,9 @@ class Stack:
         return Context(
             str(self.key),
             self.plans,
+            outer.row_adapters(tensor.shape[0]),
             outer.instruction,
-            outer.prompt_length is not None,
+            outer.is_generating,
             tensor.shape[0],
             tokens,
             cache,

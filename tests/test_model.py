@@ -726,12 +726,6 @@ def test_a_frozen_adapter_beside_a_trained_one(model, folder):
     assert torch.equal(outputs(model, inputs), expected)
 
 
-def test_adapter_names_in_one_batch_are_refused(model):
-    """Several adapters in one batch raise an error instead of giving the base's outputs."""
-    with pytest.raises(NotImplementedError, match="`adapter_names`"):
-        model(**text(), adapter_names=["default", "__base__"])
-
-
 def test_weighted_adapters_are_refused(model):
     """LoRA's `add_weighted_adapter` does not exist here: banks do not add up."""
     with pytest.raises(AttributeError):
