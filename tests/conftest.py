@@ -1,8 +1,14 @@
 """Settings of all tests: few threads, reproducible property tests, and warnings that PEFT itself sets off."""
 
+import copy
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
+from models import TARGETS, adapted, llama, randomise
+from peft import PeftModel
+from torch import nn
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, database=None)
@@ -18,6 +24,27 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    """A tiny Llama."""
+    return llama()
+
+
+@pytest.fixture
+def model(base) -> PeftModel:
+    """A copy of `base` with a random adapter that takes instructions."""
+    model = adapted(copy.deepcopy(base), target_modules=TARGETS, instruction_dim=5)
+    randomise(model)
+    return model
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    """The folder that `model` is saved in."""
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
 def pytest_addoption(parser):

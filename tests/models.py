@@ -11,10 +11,16 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_queryable import QueryableLoraConfig
+from peft_queryable.layer import QueryableLoraLayer
+from peft_queryable.router import Router
 
 VOCAB = 64
 LAYERS = 4
+TARGETS = ["q_proj", "v_proj", "down_proj"]  # of the fixtures `model` and `folder`
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BANK = {"atoms", "keys", "prior", "state_query", "depth_value", "depth_query", "depth_key"}
+INSTRUCTION = {"instruction_query", "instruction_prior"}
+ROUTER_KEY = "base_model.queryable_lora_router."
 
 
 class MLP(nn.Module):
@@ -157,3 +163,30 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         result = model(**inputs)
     return result if isinstance(result, Tensor) else result.logits
+
+
+def router_of(model: PeftModel, adapter: str = "default") -> Router:
+    return model.base_model.queryable_lora_router[adapter]
+
+
+def assert_one_router(model: PeftModel, adapter: str = "default") -> None:
+    """All adapted modules of `adapter` route through the one router that the tuner owns, and it owns every tensor."""
+    layers = [module for module in model.modules() if isinstance(module, QueryableLoraLayer)]
+    layers = [layer for layer in layers if adapter in layer.lora_A]
+    assert layers
+    for layer in layers:
+        assert layer.places[adapter].stack.plans[adapter].router is router_of(model, adapter)
+    owned = {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in router_of(model, adapter).parameters()} <= owned
+
+
+def train_step(model: nn.Module, inputs: dict, optimizer: torch.optim.Optimizer) -> float:
+    optimizer.zero_grad()
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
