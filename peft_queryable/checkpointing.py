@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .context import Context
@@ -34,6 +35,8 @@ class BoundCheckpoint:
                 "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
         self.stacks, self.checkpoint = stacks, checkpoint
+        # Where the caller says nothing, as `prepare_model_for_kbit_training`, torch's own default is still reentrant.
+        self.run = partial(checkpoint, use_reentrant=False)
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         calls = [(stack, stack.context) for stack in self.stacks.values() if isinstance(stack.context, Context)]
@@ -45,4 +48,4 @@ class BoundCheckpoint:
                         entered.enter_context(stack.entered(context.replay()))
                 return function(*args, **kwargs)
 
-        return self.checkpoint(bound, *args, **kwargs)
+        return self.run(bound, *args, **kwargs)

@@ -153,6 +153,12 @@ def test_reentrant_is_refused():
         model(**batch(1))
 
 
+def test_nothing_said_is_not_reentrant():
+    """Empty keywords, as from PEFT's `prepare_model_for_kbit_training`, do not mean torch's reentrant default."""
+    model = checkpointing(build(), gradient_checkpointing_kwargs={})
+    assert_same(gradients(model, [batch(1)]), gradients(build(), [batch(1)]))
+
+
 def test_other_checkpointing_is_refused_clearly():
     """A layer checkpointed by hand has no call to find when it runs again."""
     model = build()
