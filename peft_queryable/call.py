@@ -26,7 +26,8 @@ class OuterCall:
         labels: [B, T], -100 where unsupervised, aligned with the tokens they are the targets of.
         prompt_mask: [B, T] bool or 0/1, True for prompt tokens.
         prompt_length: in `generate`, the number of leading tokens that are the prompt; None outside.
-        instruction: embeddings e(c), [B, d_c] or [1, d_c].
+        instruction: embeddings e(c) given to the call, [B, d_c] or [1, d_c].
+        block: embeddings of the open block of [`instructions`], by adapter.
         adapter_names: [B], the adapter of each row of a batch that has several, "__base__" for none; None for a batch
             of the active ones.
     """
@@ -37,6 +38,7 @@ class OuterCall:
         self.prompt_mask: Tensor | None = None
         self.prompt_length: int | None = None
         self.instruction: Tensor | None = None
+        self.block: dict[str, Tensor] | None = None
         self.adapter_names: list[str] | None = None
         self.is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.hooks = [
@@ -129,17 +131,35 @@ class OuterCall:
 
     def _checked(self, embeds: Tensor | None) -> Tensor | None:
         for plan in self.active_plans() if embeds is not None else ():
-            dim = plan.router.instruction_dim
-            if dim is None:
-                raise ValueError(
-                    f"`instruction_embeds` was given, but adapter {plan.adapter!r} takes no instruction: it was made "
-                    "with `instruction_dim=None`. Leave the instruction out, or train an adapter with "
-                    "`instruction_dim`."
-                )
-            if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[1] != dim:
-                shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-                raise ValueError(
-                    f"`instruction_embeds` must be a tensor of shape [batch, {dim}] or [1, {dim}] for adapter "
-                    f"{plan.adapter!r}, got {shape}."
-                )
+            check_embeds(embeds, plan.adapter, plan.router.instruction_dim, "`instruction_embeds`")
         return embeds
+
+    def instruction_for(self, plan: Plan) -> Tensor | None:
+        """The embeddings that an adapter follows in this call, [n, d_c]; None for its own default.
+
+        Raises:
+            ValueError: if a block of instructions is open that was not entered for this adapter.
+        """
+        if self.instruction is not None or self.block is None:
+            return self.instruction
+        if plan.adapter not in self.block and plan.router.instruction_dim is not None:
+            raise ValueError(
+                f"The block of instructions was entered for adapters {sorted(self.block)}, and {plan.adapter!r} has "
+                "been set since. Enter it after `set_adapter`, or name the adapters in its `adapter_names`."
+            )
+        return self.block.get(plan.adapter)
+
+
+def check_embeds(embeds: Any, adapter: str, dim: int | None, source: str) -> None:
+    """Raise a ValueError unless `embeds`, which came from `source`, are instruction embeddings [n, `dim`]."""
+    if dim is None:
+        raise ValueError(
+            f"{source} was given, but adapter {adapter!r} takes no instruction: it was made with "
+            "`instruction_dim=None`. Leave the instruction out, or train an adapter with `instruction_encoder` or "
+            "`instruction_dim`."
+        )
+    if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[1] != dim:
+        shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ValueError(
+            f"{source} must be a tensor of shape [batch, {dim}] or [1, {dim}] for adapter {adapter!r}, got {shape}."
+        )

@@ -79,8 +79,25 @@ class QueryableLoraConfig(LoraConfig):
     instruction_dim: int | None = field(
         default=None,
         metadata={
-            "help": "Width d_c of instruction embeddings; None creates no instruction parameters, and the adapter "
-            "takes no instruction."
+            "help": "Width d_c of instruction embeddings; None takes it from `instruction_encoder`, and without that "
+            "the adapter has no instruction parameters and takes no instruction."
+        },
+    )
+    instruction_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Encoder e(c) of instructions given as text: 'backbone', the base model itself, or a "
+            "sentence-transformers model by its Hub id or folder. None: instructions come as embeddings."
+        },
+    )
+    instruction_encoder_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `instruction_encoder` on the Hub."}
+    )
+    instruction: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text of the adapter's default instruction. `set_instruction` writes it, together with the "
+            "embedding among the weights: it is a record, not a setting."
         },
     )
     instruction_strength: float = field(
@@ -109,12 +126,18 @@ class QueryableLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.instruction is not None and self.peft_version is None:  # no configuration that was saved
+            raise ValueError(
+                "`instruction` is written by `set_instruction(model, text)`, which embeds the text too: make the model "
+                "without it, and call that."
+            )
         super().__post_init__()
         self.peft_type = PeftType.QUERYABLE_LORA
         if isinstance(self.query_terms, str):
             raise ValueError(f"`query_terms` must be a list or tuple of terms, got {self.query_terms!r}.")
         self.query_terms = tuple(self.query_terms)  # JSON has lists only
         self._refuse_unsupported_fields()
+        self._check_types()
         self._check_ranges()
 
     def _refuse_unsupported_fields(self) -> None:
@@ -123,6 +146,15 @@ class QueryableLoraConfig(LoraConfig):
                 raise ValueError(f"QueryableLoraConfig does not support `{name}` (got {value!r}): {reason}.")
         if self.init_lora_weights == "mica":
             raise ValueError(f"QueryableLoraConfig does not support `init_lora_weights='mica'`: {_VARIANT}.")
+
+    def _check_types(self) -> None:
+        for name in ("instruction_encoder", "instruction_encoder_revision", "instruction"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(
+                    f"`{name}` must be a string or None, got {value!r}. An encoder of your own goes to "
+                    "`set_instruction`, `instructions` or `InstructionCollator`, and its width to `instruction_dim`."
+                )
 
     def _check_ranges(self) -> None:
         for name in ("r", "num_atoms", "num_blocks", "router_dim", "top_k", "instruction_dim"):

@@ -215,7 +215,7 @@ class Context:
         name: name of the stack.
         plans: by adapter, how it routes the stack.
         adapter_names: [B], the adapter of each row where a batch has several, or None.
-        instruction: embeddings [n, d_c] given to the outermost call.
+        instruction_for: gives the embeddings [n, d_c] that an adapter follows in this call, or None.
         is_generating: whether the call is a step of `generate`, which repeats rows, for beams say.
         batch: number B of rows of the call.
         tokens: its tokens.
@@ -228,7 +228,7 @@ class Context:
         name: str,
         plans: dict[str, Plan],
         adapter_names: list[str] | None,
-        instruction: Tensor | None,
+        instruction_for: Callable[[Plan], Tensor | None],
         is_generating: bool,
         batch: int,
         tokens: Tokens,
@@ -236,7 +236,7 @@ class Context:
         is_checkpointing: bool,
     ) -> None:
         self.name, self.plans, self.adapter_names = name, plans, adapter_names
-        self.instruction, self.is_generating = instruction, is_generating
+        self.instruction_for, self.is_generating = instruction_for, is_generating
         self.batch, self.tokens, self.cache, self.is_checkpointing = batch, tokens, cache, is_checkpointing
         self.routings: dict[str, Routing] = {}
 
@@ -264,16 +264,16 @@ class Context:
 
     def _instruction(self, plan: Plan) -> Tensor | None:
         """Embeddings of the call's rows [B, d_c] or [1, d_c]."""
-        embeds = self.instruction
-        if embeds is None or plan.router.instruction_dim is None:
+        embeds = self.instruction_for(plan)
+        if embeds is None:
             return None
         rows = embeds.shape[0]
         if self.is_generating and self.batch % rows == 0:
             return embeds.repeat_interleave(self.batch // rows, dim=0)
         if rows not in (1, self.batch):
             raise ValueError(
-                f"`instruction_embeds` has {rows} rows in a call of batch size {self.batch}: pass one row, or one for "
-                "each row of the batch."
+                f"{rows} instructions were given for a call of batch size {self.batch}: give one, or one for each row "
+                "of the batch."
             )
         return embeds
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .call import OuterCall
 from .config import QueryableLoraConfig
 from .context import Plan
+from .encoders import BACKBONE, InstructionEncoder, load_encoder
 from .layer import MERGE_REFUSAL, Linear, Place, QueryableLoraLayer
 from .router import Router
 from .stack import Stack, StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
@@ -53,6 +54,7 @@ class QueryableLoraModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: QueryableLoraConfig, adapter_name: str) -> None:
         self.queryable_lora_router = nn.ModuleDict()
         self.stacks: dict[StackKey, Stack] = {}
+        self.encoders: dict[tuple[str, str | None], InstructionEncoder] = {}
         _remove_hooks(model)
         self.call = OuterCall(model, self._active_plans)
 
@@ -66,6 +68,7 @@ class QueryableLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        self._infer_instruction_dim(self.peft_config[adapter_name])
         trainable = {name: router.keys.weight.requires_grad for name, router in self.queryable_lora_router.items()}
         super().inject_adapter(
             model,
@@ -93,6 +96,34 @@ class QueryableLoraModel(BaseTuner):
         trainable[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
         for name, requires_grad in trainable.items():
             self.queryable_lora_router[name].requires_grad_(requires_grad)
+
+    def _infer_instruction_dim(self, config: QueryableLoraConfig) -> None:
+        name = config.instruction_encoder
+        if name is None or config.instruction_dim is not None:
+            return
+        if name == BACKBONE and isinstance(self.model, PreTrainedModel):
+            config.instruction_dim = self.model.config.get_text_config().hidden_size
+        else:
+            config.instruction_dim = self._encoder(name, config.instruction_encoder_revision).width
+
+    def instruction_encoder(self, adapter: str) -> InstructionEncoder:
+        """The encoder that the configuration of `adapter` names, loaded once.
+
+        Raises:
+            ValueError: if it names none, or one that cannot be loaded.
+        """
+        config = self.peft_config[adapter]
+        if config.instruction_encoder is None:
+            raise ValueError(
+                f"Adapter {adapter!r} names no `instruction_encoder`, so a text means nothing to it. Pass `encoder=`, "
+                "or embeddings."
+            )
+        return self._encoder(config.instruction_encoder, config.instruction_encoder_revision)
+
+    def _encoder(self, name: str, revision: str | None) -> InstructionEncoder:
+        if (name, revision) not in self.encoders:
+            self.encoders[name, revision] = load_encoder(name, revision, self.model)
+        return self.encoders[name, revision]
 
     def _place(
         self,

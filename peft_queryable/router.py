@@ -92,9 +92,12 @@ class Router(nn.Module):
         self.depth_value = nn.Linear(rank, dim, bias=False) if "depth" in query_terms else None  # Q_dep
         self.depth_query = nn.Linear(dim, dim, bias=False) if "depth" in query_terms else None  # Q_dep,q
         self.depth_key = nn.Linear(rank, dim, bias=False) if "depth" in query_terms else None  # Q_dep,k
+        self.instruction: Table | None = None  # e(c) of calls without one; zero is no instruction (Prop. D.7a)
         self.instruction_query: nn.Linear | None = None  # Q_ctx
         self.instruction_prior: nn.Linear | None = None  # R_ctx
         if instruction_dim is not None:
+            self.instruction = Table(1, instruction_dim)
+            self.instruction.requires_grad_(False)
             self.instruction_prior = nn.Linear(instruction_dim, dim, bias=False)
             if "instruction" in query_terms:
                 self.instruction_query = nn.Linear(instruction_dim, dim, bias=False)
@@ -104,6 +107,15 @@ class Router(nn.Module):
         nn.init.normal_(self.atoms.weight, std=atom_scale / math.sqrt(self.rank))
         nn.init.normal_(self.keys.weight)  # unit scale: logits of a random query are then about N(0, 1 / T_attn^2)
         nn.init.normal_(self.prior.weight)
+        if self.instruction is not None:
+            nn.init.zeros_(self.instruction.weight)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Router:
+        """As for any module, but the instruction is given and never learned."""
+        super().requires_grad_(requires_grad)
+        if self.instruction is not None:
+            self.instruction.requires_grad_(False)
+        return self
 
     @property
     def uses_depth(self) -> bool:
@@ -117,7 +129,7 @@ class Router(nn.Module):
             block: index of the block among `num_blocks`.
             state: entry state s_entry, [B, K, r].
             means: means s_i of the stack's earlier blocks, each [B, K, r]; empty for its first block.
-            instruction: embedding e(c), [B, d_c] or [1, d_c]; None is e(c) = 0.
+            instruction: embedding e(c), [B, d_c] or [1, d_c]; None is the adapter's own, which is 0 unless set.
 
         Returns:
             Weights over the atoms, [B, K, M] in the router's dtype: non-negative, rows sum to one, at most k non-zero.
@@ -150,12 +162,14 @@ class Router(nn.Module):
         outer = weights.to(states.dtype).unsqueeze(-1) * states.unsqueeze(-2)  # [B, T, M, r]
         return outer.flatten(-2) @ atoms
 
-    def _embedding(self, instruction: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if instruction is None:  # e(c) = 0, whose prior is uniform (Prop. D.7a); keeps Q_ctx and R_ctx in the graph
-            return self.keys.weight.new_zeros(1, 1, self.instruction_dim or 0, dtype=dtype)
+    def _embedding(self, instruction: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if instruction is None and self.instruction is not None:  # even if 0, it keeps Q_ctx and R_ctx in the graph
+            instruction = self.instruction.weight
+        if instruction is None:
+            return None
         return instruction.to(self.keys.weight.device, dtype).unsqueeze(1)
 
-    def _query(self, block: int, state: Tensor, means: list[Tensor], instruction: Tensor) -> Tensor:
+    def _query(self, block: int, state: Tensor, means: list[Tensor], instruction: Tensor | None) -> Tensor:
         query = self.prior.weight[block].to(state.dtype).expand(*state.shape[:-1], -1)  # Eq. 2, term by term
         if self.state_query is not None:
             query = query + _linear(self.state_query, state)
@@ -174,7 +188,7 @@ class Router(nn.Module):
         return (logits.softmax(-2) * values).sum(-2)
 
 
-def _linear(layer: nn.Linear | None, x: Tensor) -> Tensor:
+def _linear(layer: nn.Linear | None, x: Tensor | None) -> Tensor:
     """`layer(x)` in the dtype of `x`, for layers whose weights are kept in a narrower one."""
-    assert layer is not None
+    assert layer is not None and x is not None
     return x @ layer.weight.to(x.dtype).T

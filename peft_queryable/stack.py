@@ -209,7 +209,7 @@ class Stack:
             str(self.key),
             self.plans,
             outer.row_adapters(tensor.shape[0]),
-            outer.instruction,
+            outer.instruction_for,
             outer.is_generating,
             tensor.shape[0],
             tokens,

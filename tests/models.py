@@ -19,7 +19,7 @@ LAYERS = 4
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # of the fixtures `model` and `folder`
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BANK = {"atoms", "keys", "prior", "state_query", "depth_value", "depth_query", "depth_key"}
-INSTRUCTION = {"instruction_query", "instruction_prior"}
+INSTRUCTION = {"instruction", "instruction_query", "instruction_prior"}
 ROUTER_KEY = "base_model.queryable_lora_router."
 
 
@@ -152,10 +152,15 @@ def adapted(model: nn.Module, **kwargs) -> PeftModel:
 
 
 def randomise(model: nn.Module, adapter: str = "default", scale: float = 0.3) -> None:
-    """Give every parameter of `adapter` random values, so that its update is not zero."""
-    for name, parameter in model.named_parameters():
-        if f".{adapter}." in name:
-            nn.init.normal_(parameter, std=scale)
+    """Give every parameter that `adapter` learns random values, so that its update is not zero."""
+    for parameter in learned(model, adapter):
+        nn.init.normal_(parameter, std=scale)
+
+
+def learned(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
+    """Parameters that `adapter` can learn: all but the default instruction."""
+    parameters = [(name, p) for name, p in model.named_parameters() if f".{adapter}." in name]
+    return [p for name, p in parameters if not name.endswith(f".{adapter}.instruction.weight")]
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

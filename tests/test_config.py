@@ -23,6 +23,9 @@ DEFAULTS = {
     "depth_temperature": 1.0,
     "language_temperature": 1.0,
     "instruction_dim": None,
+    "instruction_encoder": None,
+    "instruction_encoder_revision": None,
+    "instruction": None,
     "instruction_strength": 1.0,
     "instruction_query_weight": 1.0,
     "query_terms": ("state", "depth", "instruction"),
@@ -163,11 +166,15 @@ EVERY_FIELD = {
     "depth_temperature": 2.0,
     "language_temperature": 0.25,
     "instruction_dim": 5,
+    "instruction_encoder": "all-MiniLM-L6-v2",
+    "instruction_encoder_revision": "main",
+    "instruction": "Answer in one word.",
     "instruction_strength": 0.75,
     "instruction_query_weight": 0.1,
     "query_terms": ["state", "instruction"],
     "init_gate": 0.3,
     "init_atom_scale": 0.2,
+    "peft_version": "0.21.2",  # as in a saved one: only `set_instruction` writes `instruction` into a new one
 }
 
 

@@ -43,6 +43,7 @@ def test_parameter_tree():
         ROUTER_KEY + "depth_value.weight": (8, 4),
         ROUTER_KEY + "depth_query.weight": (8, 8),
         ROUTER_KEY + "depth_key.weight": (8, 4),
+        ROUTER_KEY + "instruction.weight": (1, 5),
         ROUTER_KEY + "instruction_query.weight": (8, 5),
         ROUTER_KEY + "instruction_prior.weight": (8, 5),
     }
@@ -54,7 +55,9 @@ def test_parameter_tree():
         }
     assert shapes == expected
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {name.replace(".default.", ".") for name in trainable} == set(expected)
+    assert {name.replace(".default.", ".") for name in trainable} == set(expected) - {
+        ROUTER_KEY + "instruction.weight"
+    }
 
 
 def test_trainable_parameters_count_the_bank_once(capsys):
@@ -107,7 +110,7 @@ def test_the_seed_determines_the_adapter():
         return get_peft_model_state_dict(adapted(base, target_modules=LLAMA_PROJECTIONS, instruction_dim=5))
 
     first, same, other = state_dict(1), state_dict(1), state_dict(2)
-    constant = {name for name in first if "lora_B" in name or "lora_gate" in name}
+    constant = {name for name in first if "lora_B" in name or "lora_gate" in name or ".instruction." in name}
     for name, tensor in first.items():
         assert torch.equal(tensor, same[name])
         assert torch.equal(tensor, other[name]) == (name in constant)
@@ -263,7 +266,7 @@ def test_an_instruction_is_for_one_call(model):
     expected = outputs(model, inputs)
     outputs(model, inputs | {"instruction_embeds": torch.randn(2, 5)})
     assert torch.equal(outputs(model, inputs), expected)
-    with pytest.raises(ValueError, match="instruction_embeds"):
+    with pytest.raises(ValueError, match="instructions"):
         outputs(model, inputs | {"instruction_embeds": torch.randn(3, 5)})
     assert torch.equal(outputs(model, inputs), expected)
 
@@ -291,7 +294,7 @@ def test_instructions_follow_generation(model, settings):
 def test_wrong_instruction_is_refused(model, embeds, call):
     """`instruction_embeds` of another shape or kind raises a ValueError that says what fits."""
     function = model if call == "forward" else partial(model.generate, max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"`instruction_embeds`.*(\[batch, 5\]|rows)"):
+    with pytest.raises(ValueError, match=r"`instruction_embeds`.*\[batch, 5\]|3 instructions.*batch size 2"):
         function(input_ids=token_ids(), instruction_embeds=embeds)
 
 

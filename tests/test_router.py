@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import INSTRUCTION
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
@@ -183,7 +184,8 @@ def test_every_parameter_that_routes_gets_a_gradient(num_means, with_instruction
     state, means, instruction = inputs()
     weights = module(num_means, state, means[:num_means], instruction if with_instruction else None)
     (weights * torch.randn_like(weights)).sum().backward()
-    used = {name: parameter for name, parameter in module.named_parameters() if name != "atoms.weight"}
+    used = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    del used["atoms.weight"]
     assert all(parameter.grad is not None for parameter in used.values())
     untouched = {"instruction_query.weight", "instruction_prior.weight"} if not with_instruction else set()
     depth = {"depth_value.weight", "depth_query.weight", "depth_key.weight"}
@@ -194,9 +196,9 @@ def test_every_parameter_that_routes_gets_a_gradient(num_means, with_instruction
 @pytest.mark.parametrize(
     ("query_terms", "instruction_dim", "expected"),
     [
-        (("state", "depth", "instruction"), CONTEXT, {"state", "depth", "instruction_query", "instruction_prior"}),
+        (("state", "depth", "instruction"), CONTEXT, {"state", "depth", *INSTRUCTION}),
         (("state", "depth", "instruction"), None, {"state", "depth"}),
-        (("state",), CONTEXT, {"state", "instruction_prior"}),
+        (("state",), CONTEXT, {"state", "instruction", "instruction_prior"}),
         (("depth",), None, {"depth"}),
         ((), None, set()),
     ],
@@ -211,6 +213,7 @@ def test_parameter_tree(query_terms, instruction_dim, expected):
             "depth_query.weight": (DIM, DIM),
             "depth_key.weight": (DIM, RANK),
         },
+        "instruction": {"instruction.weight": (1, CONTEXT)},
         "instruction_query": {"instruction_query.weight": (DIM, CONTEXT)},
         "instruction_prior": {"instruction_prior.weight": (DIM, CONTEXT)},
     }

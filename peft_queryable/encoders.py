@@ -1,0 +1,164 @@
+"""Frozen text encoders e(c) of instructions: the backbone itself, sentence-transformers models, or a user's own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+BACKBONE = "backbone"
+
+
+class InstructionEncoder(ABC):
+    """A frozen text encoder e(c): texts in, embeddings [n, d_c] out, in float32 on the CPU. Each text is encoded once.
+
+    To bring your own, write a subclass with `encode`.
+
+    Attributes:
+        name: what a configuration calls it in `instruction_encoder`; None if no name can load it.
+        revision: of the Hub's model of that name.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+
+    @abstractmethod
+    def encode(self, texts: list[str]) -> Tensor:
+        """Embeddings [n, d_c] of `texts`, each independent of the other texts."""
+
+    @cached_property
+    def width(self) -> int:
+        """d_c."""
+        return self(["instruction"]).shape[1]
+
+    @cached_property
+    def _known(self) -> dict[str, Tensor]:
+        return {}
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings [n, d_c] of `texts`.
+
+        Raises:
+            TypeError: if `texts` is anything but a list of strings, at least one.
+            ValueError: if `encode` does not return one finite vector a text.
+        """
+        if isinstance(texts, str) or len(texts) == 0 or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"An instruction encoder takes a list of texts, at least one, got {texts!r}.")
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            embeds = self.encode(new)
+            if embeds.ndim != 2 or len(embeds) != len(new) or not embeds.isfinite().all():
+                raise ValueError(
+                    f"{self} must encode {len(new)} texts as one finite vector each, [{len(new)}, width], but returned "
+                    f"{tuple(embeds.shape)} with {(~embeds.isfinite()).sum()} numbers that are not finite."
+                )
+            # A clone, because encoders return tensors made in inference mode, which no graph can hold.
+            self._known.update(zip(new, embeds.detach().float().cpu().clone(), strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__} {self.name!r}" if self.name else type(self).__name__
+
+
+class BackboneEncoder(InstructionEncoder):
+    """The model itself, frozen and without adapters: the mean of its last hidden states over the tokens of a text.
+
+    An encoder-decoder model encodes with its encoder.
+
+    Args:
+        model: a transformers model, wrapped by PEFT or not.
+        tokenizer: its tokenizer.
+
+    Raises:
+        TypeError: for a model of another kind.
+    """
+
+    name = BACKBONE
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(base, PreTrainedModel):
+            raise TypeError(
+                f"BackboneEncoder needs a transformers model, which has hidden states of text, got "
+                f"{type(base).__name__}. Take another encoder, or pass embeddings."
+            )
+        self.tokenizer = tokenizer
+        self.model: Any = base.get_encoder() if base.config.is_encoder_decoder else base.base_model
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> Tensor:
+        with _frozen(self.model), torch.autocast(self.model.device.type, enabled=False):
+            return torch.stack([self._mean_state(text) for text in texts])  # one by one: no padding, no batch mates
+
+    def _mean_state(self, text: str) -> Tensor:
+        inputs = self.tokenizer(text, return_tensors="pt").to(self.model.device)
+        if inputs["input_ids"].shape[1] == 0:
+            raise ValueError(f"The tokenizer makes no token of instruction {text!r}: give one with words, or None.")
+        return self.model(**inputs).last_hidden_state[0].float().mean(0)
+
+
+class SentenceEncoder(InstructionEncoder):
+    """A sentence-transformers model, on the CPU; the package's extra `instructions` installs what it needs.
+
+    Args:
+        name: its id on the Hub, or its folder.
+        revision: branch, tag or commit on the Hub.
+    """
+
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self.name, self.revision = str(name), revision
+        self.model = SentenceTransformer(self.name, revision=revision, device="cpu")
+
+    def encode(self, texts: list[str]) -> Tensor:
+        return self.model.encode(texts, convert_to_tensor=True)
+
+
+def load_encoder(name: str, revision: str | None, model: nn.Module) -> InstructionEncoder:
+    """The encoder that a configuration calls `name`; "backbone" is `model` itself.
+
+    Raises:
+        ValueError: if it cannot be loaded by its name.
+    """
+    try:
+        if name != BACKBONE:
+            return SentenceEncoder(name, revision)
+        return BackboneEncoder(model, AutoTokenizer.from_pretrained(getattr(model, "name_or_path", "")))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        own = "BackboneEncoder(model, tokenizer)" if name == BACKBONE else "SentenceEncoder(folder)"
+        raise ValueError(
+            f"Instruction encoder {name!r} cannot be loaded by its name. Pass `encoder={own}` or an encoder of your "
+            f"own, or pass embeddings. What went wrong: {error}"
+        ) from error
+
+
+def embed_texts(encoder: InstructionEncoder, texts: Sequence[str | None]) -> Tensor:
+    """Embeddings [n, d_c] of `texts`; zero, which is no instruction, for None (Prop. D.7a)."""
+    embeds = torch.zeros(len(texts), encoder.width)
+    given = [row for row, text in enumerate(texts) if text is not None]
+    if given:
+        embeds[given] = encoder([text for text in texts if text is not None])
+    return embeds
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """For a while, no adapter of `model` and no dropout is at work; what trains stays as it is."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                undo.callback(setattr, module, "_disable_adapters", module._disable_adapters)
+                module._disable_adapters = True
+        model.eval()
+        yield
