@@ -128,8 +128,8 @@ class QueryableLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.instruction is not None and self.peft_version is None:  # no configuration that was saved
             raise ValueError(
-                "`instruction` is written by `set_instruction(model, text)`, which embeds the text too: make the model "
-                "without it, and call that."
+                "`instruction` is written by `set_instruction(model, text)`, which embeds the text too: make the "
+                "model without it, and call that."
             )
         super().__post_init__()
         self.peft_type = PeftType.QUERYABLE_LORA

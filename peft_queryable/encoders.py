@@ -58,8 +58,8 @@ class InstructionEncoder(ABC):
             embeds = self.encode(new)
             if embeds.ndim != 2 or len(embeds) != len(new) or not embeds.isfinite().all():
                 raise ValueError(
-                    f"{self} must encode {len(new)} texts as one finite vector each, [{len(new)}, width], but returned "
-                    f"{tuple(embeds.shape)} with {(~embeds.isfinite()).sum()} numbers that are not finite."
+                    f"{self} must encode {len(new)} texts as one finite vector each, [{len(new)}, width], but "
+                    f"returned {tuple(embeds.shape)} with {(~embeds.isfinite()).sum()} numbers that are not finite."
                 )
             # A clone, because encoders return tensors made in inference mode, which no graph can hold.
             self._known.update(zip(new, embeds.detach().float().cpu().clone(), strict=True))
