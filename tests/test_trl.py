@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from models import LLAMA_PROJECTIONS, VOCAB, adapted, llama, outputs, token_ids
+from packaging.version import Version
 from test_trainer import tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import (
@@ -24,6 +26,7 @@ from trl import (
 )
 
 from peft_queryable import QueryableLoraConfig
+from peft_queryable.pooling import Pool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:trl"),
@@ -139,20 +142,25 @@ def judgements() -> Dataset:
 PREFERENCE = {"dpo": (DPOTrainer, DPOConfig, preferences), "kto": (KTOTrainer, KTOConfig, judgements)}
 
 
-@pytest.mark.parametrize("name", PREFERENCE)
-def test_preference_with_a_configuration(tmp_path, name):
-    """The reference is the base model under `disable_adapter`, to the bit, after training too."""
+def preference_trainer(name: str, model, tmp_path, **kwargs):
+    """Trains a new adapter of `model`; `kwargs` are of its configuration."""
     trainer_class, config_class, data = PREFERENCE[name]
-    ids = token_ids()
-    model = llama()
-    base = outputs(model, {"input_ids": ids})
-    trainer = trainer_class(
+    return trainer_class(
         model,
         args=config_class(**settings(tmp_path)),
         train_dataset=data(),
         processing_class=tokenizer(),
-        peft_config=config(),
+        peft_config=config(**kwargs),
     )
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_preference_with_a_configuration(tmp_path, name):
+    """The reference is the base model under `disable_adapter`, to the bit, after training too."""
+    ids = token_ids()
+    model = llama()
+    base = outputs(model, {"input_ids": ids})
+    trainer = preference_trainer(name, model, tmp_path)
     assert_trained(trainer)
     with trainer.model.disable_adapter():
         assert torch.equal(outputs(trainer.model.eval(), {"input_ids": ids}), base)
@@ -178,11 +186,13 @@ def test_preference_with_a_ready_model(tmp_path, name):
     assert torch.equal(outputs(trained, {"input_ids": ids}), start)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
-def test_online(tmp_path, name):
-    """Generation inside training, then a step on what was generated."""
-    trainer_class, config_class = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[name]
-    trainer = trainer_class(
+ONLINE = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+
+
+def online_trainer(name: str, tmp_path, **kwargs):
+    """Generates two completions a prompt; `kwargs` are of the adapter's configuration."""
+    trainer_class, config_class = ONLINE[name]
+    return trainer_class(
         llama(),
         reward_funcs=lambda completions, **_: [
             float(len(set(c.split()))) + 0.1 * i for i, c in enumerate(completions)
@@ -190,9 +200,36 @@ def test_online(tmp_path, name):
         args=config_class(**settings(tmp_path, num_generations=2, max_completion_length=6, beta=0.1)),
         train_dataset=Dataset.from_dict({"prompt": [words(i, 3) for i in range(8)]}),
         processing_class=tokenizer(),
-        peft_config=config(),
+        peft_config=config(**kwargs),
     )
-    assert_trained(trainer)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_online(tmp_path, name):
+    """Generation inside training, then a step on what was generated."""
+    assert_trained(online_trainer(name, tmp_path))
+
+
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.15"), reason="gives the model no labels")
+@pytest.mark.parametrize("name", [*PREFERENCE, *ONLINE])
+def test_labels_tell_the_prompt(tmp_path, monkeypatch, name):
+    """In scope `prompt`, what is trained on is routed by its prompt of three tokens."""
+    if name in ONLINE:
+        trainer = online_trainer(name, tmp_path, routing_scope="prompt")
+    else:
+        trainer = preference_trainer(name, llama(), tmp_path, routing_scope="prompt")
+    prompts = []
+
+    def spy(self, tokens, scope):
+        original(self, tokens, scope)
+        if torch.is_grad_enabled():
+            prompts.append(self.mask.sum(1))
+
+    original = Pool.__init__
+    monkeypatch.setattr(Pool, "__init__", spy)
+    trainer.train()
+    assert prompts
+    assert all((lengths == 3).all() for lengths in prompts)
 
 
 def test_reward(tmp_path):
