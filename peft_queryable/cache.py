@@ -27,7 +27,7 @@ class RoutingState:
         length: number of tokens of each row, padding included, that the state covers.
         sums: running sums of scope `causal`, of every token or the last, each [B, length or 1, ...]. A route of a
             later token starts from the last of them, and cutting tokens off is cutting them short.
-        routes: weights of each block, each [B, 1, M]: the scopes whose routes stay as the prefill made them.
+        routes: of each block, in the scopes whose routes stay as the prefill made them.
         prefill_length: the shortest length that `routes` are still right for; a tensor of no dimension where it takes
             data to tell.
         rows: [B] bool, the rows that the adapter serves in a batch of several adapters, the others being zero in
@@ -37,7 +37,7 @@ class RoutingState:
     router: int
     length: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
-    routes: dict[int, Tensor] = field(default_factory=dict)
+    routes: dict[int, Any] = field(default_factory=dict)
     prefill_length: int | Tensor = 0
     rows: Tensor | None = None
 
@@ -56,7 +56,7 @@ class RoutingState:
     def map_rows(self, function) -> None:
         """Replace every tensor by `function` of it, which acts on the batch dimension."""
         self.sums = {name: function(t) for name, t in self.sums.items()}
-        self.routes = {block: function(t) for block, t in self.routes.items()}
+        self.routes = {block: route.map(function) for block, route in self.routes.items()}
         self.rows = None if self.rows is None else function(self.rows)
 
     def of_rows(self, index: Tensor) -> RoutingState:

@@ -35,19 +35,59 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Route:
-    """Route of one block: `weights` [B, K, M] over the atoms and, where K = 1, their mixture `operator` [B, r, r]."""
+class SequenceRoute:
+    """A block's route where one serves a whole sequence.
+
+    Args:
+        weights: over the atoms, [B, 1, M].
+        operator: their mixture S, [B, r, r].
+        gated: (g S)^T by the identity of the gate, filled where the route serves many calls; None where it does not.
+    """
+
+    weights: Tensor
+    operator: Tensor
+    gated: dict[int, Tensor] | None = None
+
+    def apply(self, states: Tensor, gate: Tensor) -> Tensor:
+        """t = s + g S s (Eq. 94) of `states` [B, T, r] under gate logit `gate` [1]: [B, T, r], as `states`."""
+        if self.gated is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.baddbmm(states, states, self._gated(states, gate))
+        if id(gate) not in self.gated:
+            self.gated[id(gate)] = self._gated(states, gate)
+        return torch.baddbmm(states, states, self.gated[id(gate)])
+
+    def _gated(self, states: Tensor, gate: Tensor) -> Tensor:
+        return (gate.sigmoid().to(self.operator) * self.operator).to(states).transpose(1, 2)
+
+    def fixed(self) -> SequenceRoute:
+        """The route as later calls find it on their cache."""
+        return SequenceRoute(self.weights, self.operator, gated={})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SequenceRoute:
+        return SequenceRoute(function(self.weights), function(self.operator), gated=None if self.gated is None else {})
+
+
+@dataclass(frozen=True)
+class TokenRoute:
+    """A block's routes where every token has its own: `weights` [B, T, M] over the atoms of `router`."""
 
     router: Router
     weights: Tensor
-    operator: Tensor | None
 
     def apply(self, states: Tensor, gate: Tensor) -> Tensor:
-        """t = s + g S s (Eq. 94) of `states` [B, T, r] under `gate` g [1]: [B, T, r] in the dtype of `states`."""
-        if self.operator is not None:
-            gated = gate.to(self.operator) * self.operator
-            return torch.baddbmm(states, states, gated.to(states).transpose(1, 2))
-        return states + gate.to(states) * self.router.mix(self.weights.to(states.device), states)
+        """As [`SequenceRoute.apply`]."""
+        mixed = self.router.mix(self.weights.to(states.device), states)
+        return states + gate.sigmoid().to(states) * mixed
+
+    def fixed(self) -> SequenceRoute:
+        weights = self.weights[:, -1:]
+        return SequenceRoute(weights, self.router.operator(weights), gated={})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenRoute:
+        return TokenRoute(self.router, function(self.weights))
+
+
+Route = SequenceRoute | TokenRoute
 
 
 @dataclass(frozen=True)
@@ -78,7 +118,7 @@ class Routing:
         tokens: the tokens of the rows that the adapter serves.
         batch: number B of these rows.
         rows: which of the call's rows they are, or None for all.
-        instruction: embedding [B, d_c] or [1, d_c], or None.
+        instruction: embedding [B, d_c] or [1, d_c], or None for the adapter's default.
         past: routing state of the tokens that the call's cache holds.
         keeps_states: whether block states must outlive the mean made of them, for a replay.
     """
@@ -93,7 +133,8 @@ class Routing:
         past: RoutingState,
         keeps_states: bool,
     ) -> None:
-        self.plan, self.batch, self.rows, self.instruction, self.past = plan, batch, rows, instruction, past
+        self.plan, self.batch, self.rows, self.past = plan, batch, rows, past
+        self.lookup = plan.router.prepare(instruction)
         self.keeps_states = keeps_states
         self.pool = Pool(tokens, plan.scope)
         self.count: Tensor | None = None  # number of tokens in each sum over `counted` tokens a row
@@ -126,19 +167,17 @@ class Routing:
 
     def make_route(self, block: int, entry_states: Callable[[], Tensor]) -> tuple[Route, Tensor | None]:
         """The route of `block` and the mean of the block before it; changes nothing that a replay reads."""
-        router = self.plan.router
         if self.past.routes:  # the prefill fixed it
-            weights, mean = self.past.routes[block], None
-        else:
-            mean = self._block_mean(block - 1) if block > 0 and self.states[block - 1] else None
-            state = self._pooled(f"entry.{block}", entry_states())
-            means = [m for m in (*self.means[: max(block - 1, 0)], mean) if m is not None]
-            device = router.keys.weight.device
-            weights = router(
-                self.plan.first_block + block, state.to(device), [m.to(device) for m in means], self.instruction
-            )
-        operator = router.operator(weights) if weights.shape[1] == 1 else None
-        return Route(router, weights, operator), mean
+            return self.past.routes[block], None
+        router = self.plan.router
+        mean = self._block_mean(block - 1) if block > 0 and self.states[block - 1] else None
+        state = self._pooled(f"entry.{block}", entry_states())
+        means = [m for m in (*self.means[: max(block - 1, 0)], mean) if m is not None]
+        device = router.keys.weight.device
+        weights = router(self.plan.first_block + block, state.to(device), [m.to(device) for m in means], self.lookup)
+        if weights.shape[1] == 1:
+            return SequenceRoute(weights, router.operator(weights)), mean
+        return TokenRoute(router, weights), mean
 
     def _block_mean(self, block: int) -> Tensor:
         """Mean over the block's adapted modules of their pooled states (Algorithm 2, line 45): [B, K, r]."""
@@ -169,7 +208,7 @@ class Routing:
         if self.plan.scope == "causal" or self.past.routes:
             state = self.past.extended(self.length, self.sums, is_croppable)
         else:
-            routes = {block: route.weights[:, -1:] for block, route in enumerate(self.routes) if route is not None}
+            routes = {block: route.fixed() for block, route in enumerate(self.routes) if route is not None}
             prefill_length = self.pool.last_seen(self.length)
             state = RoutingState(self.past.router, self.length, routes=routes, prefill_length=prefill_length)
         return state if self.rows is None else state.spread(self.rows.index, self.rows.batch)
@@ -179,12 +218,8 @@ class Routing:
         self.sums = {}
         self.states = [[_leaf(s) for s in states] for states in self.states]
         self.means = [None if m is None else _leaf(m) for m in self.means]
-        self.routes = [
-            None
-            if route is None
-            else Route(route.router, _leaf(route.weights), None if route.operator is None else _leaf(route.operator))
-            for route in self.routes
-        ]
+        self.routes = [None if route is None else route.map(_leaf) for route in self.routes]
+        self.lookup = self.lookup.map(_leaf)
 
 
 class Replay:
@@ -281,7 +316,7 @@ class Context:
         """End the call: put routing states on its cache, and ready it for a replay."""
         cache = self.cache if self.cache is not None else find_cache(output)
         for adapter, routing in self.routings.items():
-            if cache is not None:
+            if cache is not None and routing.length > 0:
                 store_state(cache, (adapter, self.name), routing.state(cache.is_croppable))
             if self.is_checkpointing:
                 routing.seal()

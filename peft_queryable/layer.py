@@ -128,7 +128,7 @@ class Linear(nn.Module, QueryableLoraLayer):
                 f"A module got {states.shape[1]} tokens a row, but its block routes {route.weights.shape[1]}: it sees "
                 "other tokens than its stack. Exclude it with `exclude_modules`."
             )
-        states = route.apply(states, self.queryable_lora_gate[adapter].weight.sigmoid())  # t
+        states = route.apply(states, self.queryable_lora_gate[adapter].weight)  # t
         # One addmm scales and adds: result + (alpha / r) B t (Eq. 95).
         flat = result.reshape(-1, result.shape[-1]).to(states.dtype)
         flat = torch.addmm(flat, states.flatten(0, 1), lora_B.weight.T, alpha=self.scaling[adapter])

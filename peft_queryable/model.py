@@ -177,6 +177,9 @@ class QueryableLoraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _active_plans(self) -> list[Plan]:
+        layer = next(module for module in self.model.modules() if isinstance(module, QueryableLoraLayer))
+        if layer.disable_adapters:
+            return []
         names = self.call.adapter_names or self.active_adapters
         return [plan for stack in self.stacks.values() for name, plan in stack.plans.items() if name in names]
 

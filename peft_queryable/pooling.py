@@ -85,6 +85,8 @@ def packed_segments(kwargs: Mapping[str, Any], batch: int, length: int | None = 
     if is_row_mask or not isinstance(positions, Tensor) or positions.ndim != 2:
         return None
     restarts = torch.diff(positions, dim=-1) != 1
+    if not torch.compiler.is_compiling() and not restarts.any():  # as transformers' own attention looks for packing
+        return None
     return torch.nn.functional.pad(restarts, (1, 0)).cumsum(-1).expand(batch, -1)
 
 

@@ -7,6 +7,9 @@ space, and a call routes K states of each of B sequences (K = 1: one route a seq
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,25 @@ class Table(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What the routes of all blocks of a call have in common, computed once.
+
+    Args:
+        keys: RMSNorm(k_m), [M, d_k].
+        query: the instruction's term of every query, lambda Q_ctx e(c), [B or 1, 1, d_k]; None without that term.
+        prior: the instruction's term of every logit, tau rho, [B or 1, 1, M]; None without instruction parameters.
+    """
+
+    keys: Tensor
+    query: Tensor | None
+    prior: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Lookup:
+        terms = (None if term is None else function(term) for term in (self.query, self.prior))
+        return Lookup(function(self.keys), *terms)
 
 
 class Router(nn.Module):
@@ -122,29 +144,45 @@ class Router(nn.Module):
         """Whether the query looks at earlier blocks, so that their means have to be kept."""
         return self.depth_value is not None
 
-    def forward(self, block: int, state: Tensor, means: list[Tensor], instruction: Tensor | None = None) -> Tensor:
+    def prepare(self, instruction: Tensor | None = None) -> Lookup:
+        """What all blocks of a call share.
+
+        Args:
+            instruction: embedding e(c), [B, d_c] or [1, d_c]; None is the adapter's own, which is 0 unless set.
+        """
+        dtype = torch.promote_types(self.keys.weight.dtype, torch.float32)
+        with torch.autocast(self.keys.weight.device.type, enabled=False):
+            keys = rms_norm(self.keys.weight.to(dtype))  # [M, d_k]
+            if self.instruction is None:
+                return Lookup(keys, None, None)
+            # Even an embedding of 0 keeps Q_ctx and R_ctx in the graph.
+            instruction = self.instruction.weight if instruction is None else instruction.to(keys.device)
+            embedding = instruction.to(dtype).unsqueeze(1)  # [B or 1, 1, d_c]
+            query = None
+            if self.instruction_query is not None:
+                query = self.instruction_query_weight * _linear(self.instruction_query, embedding)
+            rho = rms_norm(_linear(self.instruction_prior, embedding)) @ keys.T * self.language_scale  # Eq. 33
+            return Lookup(keys, query, self.instruction_strength * rho)
+
+    def forward(self, block: int, state: Tensor, means: list[Tensor], lookup: Lookup) -> Tensor:
         """Routing weights alpha of one block (Algorithm 2, lines 6 to 24).
 
         Args:
             block: index of the block among `num_blocks`.
             state: entry state s_entry, [B, K, r].
             means: means s_i of the stack's earlier blocks, each [B, K, r]; empty for its first block.
-            instruction: embedding e(c), [B, d_c] or [1, d_c]; None is the adapter's own, which is 0 unless set.
+            lookup: of the call, from `prepare`.
 
         Returns:
             Weights over the atoms, [B, K, M] in the router's dtype: non-negative, rows sum to one, at most k non-zero.
         """
-        dtype = torch.promote_types(self.keys.weight.dtype, torch.float32)
+        dtype = lookup.keys.dtype
         with torch.autocast(state.device.type, enabled=False):
-            keys = rms_norm(self.keys.weight.to(dtype))  # [M, d_k]
-            means = [mean.to(dtype) for mean in means]
-            instruction = self._embedding(instruction, dtype)  # [B or 1, 1, d_c]
-            query = self._query(block, state.to(dtype), means, instruction)  # [B, K, d_k]
-            logits = rms_norm(query) @ keys.T * self.attention_scale  # Eq. 34
-            if self.instruction_prior is not None:
-                prior = rms_norm(_linear(self.instruction_prior, instruction)) @ keys.T * self.language_scale  # Eq. 33
+            query = self._query(block, state.to(dtype), [mean.to(dtype) for mean in means], lookup)  # [B, K, d_k]
+            logits = rms_norm(query) @ lookup.keys.T * self.attention_scale  # Eq. 34
+            if lookup.prior is not None:
                 # Lemma D.5: rho in place of log p moves all logits alike, so the route is Eq. 36's to the letter.
-                logits = logits + self.instruction_strength * prior
+                logits = logits + lookup.prior
             return top_k_softmax(logits, self.top_k)
 
     def operator(self, weights: Tensor) -> Tensor:
@@ -158,23 +196,15 @@ class Router(nn.Module):
 
         Returns [B, T, r] in the dtype of `states`.
         """
-        atoms = self.atoms.weight.to(states.dtype).transpose(1, 2).flatten(0, 1)  # [M r, r]
-        outer = weights.to(states.dtype).unsqueeze(-1) * states.unsqueeze(-2)  # [B, T, M, r]
-        return outer.flatten(-2) @ atoms
+        with torch.autocast(states.device.type, enabled=False):
+            return _Mix.apply(weights.to(states.dtype), states, self.atoms.weight.to(states.dtype))
 
-    def _embedding(self, instruction: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        if instruction is None and self.instruction is not None:  # even if 0, it keeps Q_ctx and R_ctx in the graph
-            instruction = self.instruction.weight
-        if instruction is None:
-            return None
-        return instruction.to(self.keys.weight.device, dtype).unsqueeze(1)
-
-    def _query(self, block: int, state: Tensor, means: list[Tensor], instruction: Tensor | None) -> Tensor:
+    def _query(self, block: int, state: Tensor, means: list[Tensor], lookup: Lookup) -> Tensor:
         query = self.prior.weight[block].to(state.dtype).expand(*state.shape[:-1], -1)  # Eq. 2, term by term
         if self.state_query is not None:
             query = query + _linear(self.state_query, state)
-        if self.instruction_query is not None:
-            query = query + self.instruction_query_weight * _linear(self.instruction_query, instruction)
+        if lookup.query is not None:
+            query = query + lookup.query
         if self.depth_value is not None:
             query = query + _linear(self.depth_value, self._depth_summary(query, state, means))  # Eq. 29
         return query
@@ -188,7 +218,38 @@ class Router(nn.Module):
         return (logits.softmax(-2) * values).sum(-2)
 
 
-def _linear(layer: nn.Linear | None, x: Tensor | None) -> Tensor:
+class _Mix(torch.autograd.Function):
+    """sum_m alpha_m C_m s of every token, for weights [..., M], states [..., r] and atoms [M, r, r].
+
+    It is one product with the outer products alpha s, [..., M r], which are made again in the backward pass.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weights: Tensor, states: Tensor, atoms: Tensor) -> Tensor:
+        return _outer(weights, states) @ atoms.transpose(1, 2).flatten(0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights, states, atoms = ctx.saved_tensors
+        back = (grad @ atoms.transpose(0, 1).flatten(1)).unflatten(-1, atoms.shape[:2])  # C_m^T grad, [..., M, r]
+        by_weights = (back * states.unsqueeze(-2)).sum(-1)
+        by_states = (weights.unsqueeze(-1) * back).sum(-2)
+        by_atoms = grad.flatten(0, -2).T @ _outer(weights, states).flatten(0, -2)  # [r, M r]
+        return by_weights, by_states, by_atoms.unflatten(1, atoms.shape[:2]).transpose(0, 1)
+
+
+def _outer(weights: Tensor, states: Tensor) -> Tensor:
+    """alpha_m s_j of `weights` [..., M] and `states` [..., r]: [..., M r]."""
+    return (weights.unsqueeze(-1) * states.unsqueeze(-2)).flatten(-2)
+
+
+def _linear(layer: nn.Linear | None, x: Tensor) -> Tensor:
     """`layer(x)` in the dtype of `x`, for layers whose weights are kept in a narrower one."""
-    assert layer is not None and x is not None
+    assert layer is not None
     return x @ layer.weight.to(x.dtype).T

@@ -184,6 +184,9 @@ class Stack:
                 return  # then no cross-attention runs
             call = {"hidden_states": memory, "attention_mask": mask}  # no cache: it is read once, in the first call
         self.context = self._context(call, is_checkpointing=owner.training and self._bind_checkpoints())
+        for plan in self.call.active_plans():
+            if self.plans.get(plan.adapter) is plan:
+                self.context.routing(plan.adapter)  # outside of checkpointed layers, which would have to repeat it
 
     def _claim_thread(self) -> None:
         if self.context is not None and self.thread != threading.get_ident():

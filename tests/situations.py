@@ -47,7 +47,8 @@ class Situation:
     def alpha(self, e: Tensor | None = None) -> Tensor:
         """The library's route, [M]."""
         means = [mean[None, None] for mean in self.means]
-        return self.router(self.block, self.state[None, None], means, (self.e if e is None else e)[None])[0, 0]
+        lookup = self.router.prepare((self.e if e is None else e)[None])
+        return self.router(self.block, self.state[None, None], means, lookup)[0, 0]
 
     def operator(self, e: Tensor | None = None) -> Tensor:
         """The library's S, [r, r]."""
@@ -82,6 +83,7 @@ def make_situation(seed: int, M: int = 5, r: int = 3, d: int = 4, means: int = 2
     router = Router(r, M, num_blocks=4, dim=d, instruction_dim=3, **asdict(settings)).double().requires_grad_(False)
     for p in router.parameters():
         nn.init.normal_(p)
+    nn.init.zeros_(router.instruction.weight)
     state, *earlier = torch.randn(1 + means, r).double()
     return Situation(settings, router, state, earlier, torch.randn(3).double())
 

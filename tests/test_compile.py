@@ -10,6 +10,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import GenerationConfig
 
+# torch.compile itself makes instances of an autograd function that has a vmap rule, and torch warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
 SHAPES = ((2, 6), (3, 6), (2, 9), (4, 12))  # batch sizes and lengths
 SCOPES = ("causal", "prompt", "sequence")
 

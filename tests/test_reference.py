@@ -199,7 +199,7 @@ def test_router(top_k, kind, terms):
     state, *means = torch.randn(4, BATCH, 2, 3).double()
     e = instruction(kind, BATCH).get("instruction_embeds")
     for block in range(4):
-        weights = router(block, state, means[:block], e)
+        weights = router(block, state, means[:block], router.prepare(e))
         operator = router.operator(weights[:, :1])
         mixed = router.mix(weights, state)
         for row, t in itertools.product(range(BATCH), range(2)):

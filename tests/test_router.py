@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import INSTRUCTION
+from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from peft_queryable.router import RMS_EPS, Router, rms_norm, top_k_softmax
+from peft_queryable.router import RMS_EPS, Router, _Mix, rms_norm, top_k_softmax
 
 BATCH, ROUTES, RANK, ATOMS, DIM, CONTEXT = 3, 5, 4, 6, 8, 7
 
@@ -25,6 +26,11 @@ def inputs(dtype: torch.dtype = torch.float32, routes: int = ROUTES) -> tuple:
     """Entry state [B, K, r], two earlier means [B, K, r] and an instruction [B, d_c]."""
     state, *means = torch.randn(3, BATCH, routes, RANK, dtype=dtype)
     return state, means, torch.randn(BATCH, CONTEXT, dtype=dtype)
+
+
+def route(module: Router, block: int, state: Tensor, means: list[Tensor], instruction: Tensor | None = None) -> Tensor:
+    """Routing weights [B, K, M] of one block under an instruction."""
+    return module(block, state, means, module.prepare(instruction))
 
 
 @st.composite
@@ -102,7 +108,7 @@ def test_top_k_softmax_gradient(k):
 def test_weights(top_k):
     """Weights are [B, K, M], rows sum to one, and at most k of a row are not zero."""
     state, means, instruction = inputs()
-    weights = router(top_k=top_k)(2, state, means, instruction)
+    weights = route(router(top_k=top_k), 2, state, means, instruction)
     assert weights.shape == (BATCH, ROUTES, ATOMS)
     torch.testing.assert_close(weights.sum(-1), torch.ones(BATCH, ROUTES))
     assert ((weights > 0).sum(-1) <= (top_k or ATOMS)).all()
@@ -112,11 +118,11 @@ def test_routes_are_independent():
     """Route t of row b depends on the states of t and b, and on no others."""
     module = router().double()
     state, means, instruction = inputs(torch.float64)
-    weights = module(2, state, means, instruction)
+    weights = route(module, 2, state, means, instruction)
     for row in range(BATCH):
         for t in range(ROUTES):
             one = [m[row, t].view(1, 1, RANK) for m in (state, *means)]
-            alone = module(2, one[0], one[1:], instruction[row : row + 1])
+            alone = route(module, 2, one[0], one[1:], instruction[row : row + 1])
             torch.testing.assert_close(alone[0, 0], weights[row, t])
 
 
@@ -125,30 +131,30 @@ def test_batch_permutation():
     module = router().double()
     state, means, instruction = inputs(torch.float64)
     order = torch.tensor([2, 0, 1])
-    permuted = module(2, state[order], [m[order] for m in means], instruction[order])
-    torch.testing.assert_close(permuted, module(2, state, means, instruction)[order])
+    permuted = route(module, 2, state[order], [m[order] for m in means], instruction[order])
+    torch.testing.assert_close(permuted, route(module, 2, state, means, instruction)[order])
 
 
 def test_one_instruction_serves_all_rows():
     """An instruction [1, d_c] is the same as one repeated for each row."""
     module = router()
     state, means, instruction = inputs()
-    one = module(1, state, means[:1], instruction[:1])
-    torch.testing.assert_close(one, module(1, state, means[:1], instruction[:1].expand(BATCH, -1)))
+    one = route(module, 1, state, means[:1], instruction[:1])
+    torch.testing.assert_close(one, route(module, 1, state, means[:1], instruction[:1].expand(BATCH, -1)))
 
 
 def test_no_instruction_is_zero():
     """Without an instruction the route is that of e(c) = 0, and of no instruction parameters at all (Prop. D.7a)."""
     module = router()
     state, means, instruction = inputs()
-    weights = module(2, state, means)
-    torch.testing.assert_close(module(2, state, means, torch.zeros_like(instruction)), weights)
+    weights = route(module, 2, state, means)
+    torch.testing.assert_close(route(module, 2, state, means, torch.zeros_like(instruction)), weights)
     bare = router(instruction_dim=None)
     bare.load_state_dict({name: tensor for name, tensor in module.state_dict().items() if "instruction" not in name})
-    torch.testing.assert_close(bare(2, state, means), weights)
+    torch.testing.assert_close(route(bare, 2, state, means), weights)
     weak = router(instruction_strength=0.0, instruction_query_weight=0.0)
     weak.load_state_dict(module.state_dict())
-    torch.testing.assert_close(weak(2, state, means, instruction), weights)
+    torch.testing.assert_close(route(weak, 2, state, means, instruction), weights)
 
 
 def test_instruction_moves_the_route():
@@ -156,24 +162,26 @@ def test_instruction_moves_the_route():
     state, means, instruction = inputs()
     for kwargs in ({"instruction_strength": 0.0}, {"instruction_query_weight": 0.0}):
         module = router(**kwargs)
-        assert not torch.allclose(module(2, state, means, instruction), module(2, state, means), atol=1e-4)
+        assert not torch.allclose(
+            route(module, 2, state, means, instruction), route(module, 2, state, means), atol=1e-4
+        )
 
 
 def test_depth_moves_the_route():
     """Earlier means change the weights of a later block, unless 'depth' is no term of the query."""
     state, means, _ = inputs()
     module = router()
-    assert not torch.allclose(module(2, state, means), module(2, state, means[:1]), atol=1e-4)
+    assert not torch.allclose(route(module, 2, state, means), route(module, 2, state, means[:1]), atol=1e-4)
     module = router(query_terms=("state",))
     assert not module.uses_depth
-    assert torch.equal(module(2, state, means), module(2, state, []))
+    assert torch.equal(route(module, 2, state, means), route(module, 2, state, []))
 
 
 def test_equal_means_are_one_mean():
     """The depth summary is a weighted mean: of equal means it is that mean, however many they are."""
     module = router().double()
     state, means, _ = inputs(torch.float64)
-    torch.testing.assert_close(module(2, state, means[:1] * 3), module(2, state, means[:1]))
+    torch.testing.assert_close(route(module, 2, state, means[:1] * 3), route(module, 2, state, means[:1]))
 
 
 @pytest.mark.parametrize("num_means", [0, 1, 2])
@@ -182,7 +190,7 @@ def test_every_parameter_that_routes_gets_a_gradient(num_means, with_instruction
     """No gradient is None, whatever the block and with no instruction: DDP waits for every one."""
     module = router()
     state, means, instruction = inputs()
-    weights = module(num_means, state, means[:num_means], instruction if with_instruction else None)
+    weights = route(module, num_means, state, means[:num_means], instruction if with_instruction else None)
     (weights * torch.randn_like(weights)).sum().backward()
     used = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     del used["atoms.weight"]
@@ -230,18 +238,18 @@ def test_maths_is_float32_with_narrow_parameters(dtype):
     narrow, wide = router().to(dtype), router()
     wide.load_state_dict(narrow.state_dict())
     state, means, instruction = inputs(dtype)
-    weights = narrow(2, state, means, instruction)
+    weights = route(narrow, 2, state, means, instruction)
     assert weights.dtype == torch.float32
-    assert torch.equal(weights, wide(2, state.float(), [m.float() for m in means], instruction.float()))
+    assert torch.equal(weights, route(wide, 2, state.float(), [m.float() for m in means], instruction.float()))
 
 
 def test_maths_is_float32_under_autocast():
     """Autocast changes no bit of the weights or of the operator made of them."""
     module = router()
     state, means, instruction = inputs(routes=1)
-    weights = module(2, state, means, instruction)
+    weights = route(module, 2, state, means, instruction)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = module(2, state, means, instruction)
+        cast = route(module, 2, state, means, instruction)
         operator = module.operator(cast)
     assert cast.dtype == operator.dtype == torch.float32
     assert torch.equal(cast, weights)
@@ -251,7 +259,7 @@ def test_maths_is_float32_under_autocast():
 def test_maths_is_float64_with_float64_parameters():
     """Wider parameters than float32 are not narrowed."""
     state, means, instruction = inputs()
-    assert router().double()(2, state, means, instruction).dtype == torch.float64
+    assert route(router().double(), 2, state, means, instruction).dtype == torch.float64
 
 
 def test_operator_is_the_mixture_of_atoms():
@@ -290,4 +298,34 @@ def test_temperature_divides_its_logits(name):
     cold.load_state_dict(warm.state_dict())
     assert getattr(warm, f"{name}_scale") == pytest.approx(DIM**-0.5)
     assert getattr(cold, f"{name}_scale") == pytest.approx(2 * DIM**-0.5)
-    assert not torch.allclose(warm(2, state, means, instruction), cold(2, state, means, instruction), atol=1e-5)
+    assert not torch.allclose(
+        route(warm, 2, state, means, instruction), route(cold, 2, state, means, instruction), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=str)
+def test_gradients_of_mix(shape):
+    """What is made again in the backward pass has the gradients of the sum over atoms, for batches and under vmap."""
+    module = router().double()
+    weights, states = torch.randn(*shape, ATOMS).double(), torch.randn(*shape, RANK).double()
+    upstream = torch.randn(*shape, RANK).double()
+    inputs = [weights.requires_grad_(), states.requires_grad_(), module.atoms.weight]
+
+    def by_sum(weights: Tensor, states: Tensor, atoms: Tensor) -> Tensor:
+        return torch.einsum("...m,mij,...j->...i", weights, atoms, states)
+
+    expected = torch.autograd.grad(by_sum(*inputs), inputs, upstream)
+    for found, gradient in zip(
+        torch.autograd.grad(module.mix(weights, states), inputs, upstream), expected, strict=True
+    ):
+        torch.testing.assert_close(found, gradient)
+
+    def loss(mix, atoms: Tensor) -> Tensor:
+        return (mix(weights.detach(), states.detach(), atoms) * upstream).sum()
+
+    atoms = torch.randn(3, *module.atoms.weight.shape).double()
+    stacked, looped = (
+        torch.func.vmap(torch.func.grad(lambda atoms, mix=mix: loss(mix, atoms)))(atoms)
+        for mix in (_Mix.apply, by_sum)
+    )
+    torch.testing.assert_close(stacked, looped)

@@ -155,10 +155,10 @@ def test_proposition_d7a_no_language(s):
     plain = Router(r, M, num_blocks=4, dim=s.bank.k.shape[1], **asdict(s.hyper)).double().requires_grad_(False)
     plain.load_state_dict({k: v for k, v in s.router.state_dict().items() if "instruction" not in k})
     means = [mean[None, None] for mean in s.means]
-    expected = plain(s.block, s.state[None, None], means)[0, 0]
+    expected = plain(s.block, s.state[None, None], means, plain.prepare())[0, 0]
     close(s.changed(instruction_strength=0.0, instruction_query_weight=0.0).alpha(), expected)
     close(s.alpha(torch.zeros(3).double()), expected)
-    close(s.router(s.block, s.state[None, None], means, None)[0, 0], expected)
+    close(s.router(s.block, s.state[None, None], means, s.router.prepare())[0, 0], expected)
 
 
 def test_proposition_d7a_language_matters():

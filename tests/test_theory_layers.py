@@ -99,6 +99,7 @@ class Watch:
 
     def __init__(self, adapted: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         self.router = adapted.base_model.queryable_lora_router["default"]
+        self.instruction: Tensor  # embeddings [B, d_c] of the call
         self.asked: list[tuple] = []  # arguments of the router
         self.logits: list[Tensor] = []  # [B, K, M]
         self.weights: list[Tensor] = []  # [B, K, M]
@@ -152,7 +153,8 @@ def differentiated(monkeypatch: pytest.MonkeyPatch, scope: str, rows: int = 2) -
         if name.endswith("base_layer.weight"):
             p.requires_grad_(True)  # its gradient is that of the dense weight
     watch = Watch(adapted, monkeypatch)
-    y = adapted(torch.randn(rows, 3, 8).double(), instruction_embeds=torch.randn(rows, 3).double())
+    x, watch.instruction = torch.randn(rows, 3, 8).double(), torch.randn(rows, 3).double()
+    y = adapted(x, instruction_embeds=watch.instruction)
     (y.sin() * torch.randn_like(y)).sum().backward()
     assert [m.block for m in watch.modules] == [0, 0, 1, 2]
     return adapted, watch
@@ -232,11 +234,11 @@ def test_corollary_5_3_1_state_and_language_logits(monkeypatch, scope):
     hyper = Hyper.of(adapted.peft_config["default"])
     bank = Bank.read(dict(watch.router.named_parameters()), hyper)
     scalar = torch.zeros(()).double()
-    for block, (_, state, means, instruction) in enumerate(watch.asked):
+    for block, (_, state, means, _) in enumerate(watch.asked):
         by_zeta = watch.by_logits(block).detach()
         by_rho = hyper.instruction_strength * by_zeta
         for row, k in torch.cartesian_prod(*(torch.arange(n) for n in state.shape[:2])).tolist():
-            e, earlier = instruction[row], [mean[row, k].detach() for mean in means]
+            e, earlier = watch.instruction[row], [mean[row, k].detach() for mean in means]
             q = reference.query(bank, block, state[row, k].detach(), earlier, e)
             scalar = scalar + by_zeta[row, k] @ torch.stack(reference.state_logits(bank, q))
             scalar = scalar + by_rho[row, k] @ torch.stack(reference.prior_logits(bank, e))
