@@ -1,10 +1,10 @@
 """Queryable LoRA for PEFT: importing this package registers the tuner type `QUERYABLE_LORA`."""
 
+from .card import model_card
 from .encoders import BackboneEncoder, InstructionEncoder, SentenceEncoder
 from .instruction import InstructionCollator, instructions, set_instruction
 from .registration import QueryableLoraConfig, QueryableLoraModel, register
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "BackboneEncoder",
@@ -15,6 +15,7 @@ __all__ = [
     "SentenceEncoder",
     "__version__",
     "instructions",
+    "model_card",
     "set_instruction",
 ]
 

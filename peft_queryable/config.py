@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from peft import LoraConfig
 from peft.utils import PeftType
+
+from .card import update_card
+from .version import __version__
 
 ROUTING_SCOPES = ("auto", "causal", "prompt", "sequence")
 QUERY_TERMS = ("state", "depth", "instruction")
@@ -124,6 +128,10 @@ class QueryableLoraConfig(LoraConfig):
             "the router learns only once the atoms have."
         },
     )
+    peft_queryable_version: str | None = field(
+        default=None,
+        metadata={"help": "Version of peft_queryable that made the adapter; filled in where it is None."},
+    )
 
     def __post_init__(self) -> None:
         if self.instruction is not None and self.peft_version is None:  # no configuration that was saved
@@ -133,12 +141,19 @@ class QueryableLoraConfig(LoraConfig):
             )
         super().__post_init__()
         self.peft_type = PeftType.QUERYABLE_LORA
+        if self.peft_queryable_version is None:
+            self.peft_queryable_version = __version__
         if isinstance(self.query_terms, str):
             raise ValueError(f"`query_terms` must be a list or tuple of terms, got {self.query_terms!r}.")
         self.query_terms = tuple(self.query_terms)  # JSON has lists only
         self._refuse_unsupported_fields()
         self._check_types()
         self._check_ranges()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, and make the model card true that a `PeftModel` has just left in `save_directory`."""
+        super().save_pretrained(save_directory, **kwargs)
+        update_card(Path(save_directory))
 
     def _refuse_unsupported_fields(self) -> None:
         for name, reason in _UNSUPPORTED_FIELDS.items():

@@ -272,7 +272,7 @@ class QueryableLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's remapping, and a check it leaves to us: PEFT loads non-strictly, and random weights would pass."""
+        """PEFT's remapping, and checks it leaves to us: PEFT loads non-strictly, and random weights would pass."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
@@ -291,6 +291,12 @@ class QueryableLoraModel(BaseTuner):
                 f"left over or of another shape: {listed}. Load it with the "
                 "`adapter_config.json` it was saved with, onto the base model it was trained on; if the file is "
                 "damaged, fetch it again."
+            )
+        if broken := [key for key, tensor in remapped.items() if not tensor.isfinite().all()]:
+            raise ValueError(
+                f"The checkpoint of adapter {adapter_name!r} has NaN or infinite values in {len(broken)} of its "
+                f"tensors: {', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}. Load one from before the "
+                "training diverged; if the file is damaged, fetch it again."
             )
         return remapped
 

@@ -1,0 +1,138 @@
+"""The model card of a saved adapter: what it is, how to load it, and its configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, PeftConfig
+
+# By PEFT task type: transformers' class, and the pipeline tag where the Hub has one that is certain.
+_TASKS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
+}
+_ALWAYS_SHOWN = ("r", "lora_alpha")  # whatever LoRA's defaults are
+_NEVER_SHOWN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type")
+_ANY_ADAPTER = "path-or-name-of-this-adapter"
+_BEGIN, _END = "<!-- Written by peft_queryable: begin -->", "<!-- Written by peft_queryable: end -->"
+
+
+def model_card(adapter: str | Path) -> ModelCard:
+    """The model card of a Queryable LoRA adapter, in place of one that knows nothing of the method.
+
+    `save_pretrained` leaves it by itself. transformers' `push_to_hub` and TRL's trainers write theirs over it, so
+    end with `model_card(name).push_to_hub(name)`, or `model_card(folder).save(f"{folder}/README.md")`.
+
+    Args:
+        adapter: the folder the adapter was saved in, or its name on the Hub.
+
+    Returns:
+        a `huggingface_hub.ModelCard`; add to its `data` (licence, languages) and `text` what only you know.
+
+    Raises:
+        ValueError: if there is no `adapter_config.json`, or if it is not of the type QUERYABLE_LORA.
+    """
+    config = PeftConfig.from_pretrained(str(adapter))
+    if config.peft_type != "QUERYABLE_LORA":
+        raise ValueError(f"{adapter} is an adapter of the type {config.peft_type}: `model_card` takes QUERYABLE_LORA.")
+    data = ModelCardData()
+    _describe(data, config)
+    name = _ANY_ADAPTER if Path(adapter).is_dir() else str(adapter)
+    template = "---\n{{ card_data }}\n---\n\n{{ text }}\n"
+    return ModelCard.from_template(data, template_str=template, text=_section(config, name))
+
+
+def update_card(folder: Path) -> None:
+    """Put ours in place of the unfilled card that PEFT has left in `folder`, or bring ours up to date.
+
+    Args:
+        folder: where an adapter has just been saved. A README.md that a user or a trainer wrote stays as it is.
+    """
+    path = folder / "README.md"
+    unfilled = ModelCard.from_template(ModelCardData()).text.strip()  # what PEFT starts a card from
+    replaced = re.compile(f"{re.escape(unfilled)}|{re.escape(_BEGIN)}.*{re.escape(_END)}", re.DOTALL)
+    if not path.exists() or not replaced.search(path.read_text(encoding="utf-8")):
+        return
+    card, config = ModelCard.load(path), PeftConfig.from_pretrained(str(folder))
+    _describe(card.data, config)
+    section = _section(config, _ANY_ADAPTER)
+    card.text = replaced.sub(lambda match: section, card.text)
+    card.save(path)
+
+
+def _describe(data: ModelCardData, config: PeftConfig) -> None:
+    """Correct the metadata in `data`."""
+    base = config.base_model_name_or_path
+    data.library_name = "peft"
+    data.base_model = base if _is_public(base) else None
+    data.pipeline_tag = data.pipeline_tag or _TASKS.get(config.task_type, (None, None))[1]
+    tags = {tag for tag in data.tags or [] if not tag.startswith("base_model:adapter:")} | {"peft", "queryable-lora"}
+    data.tags = sorted(tags | ({f"base_model:adapter:{base}"} if _is_public(base) else set()))
+
+
+def _is_public(base: str | None) -> bool:
+    """Whether `base` may be a name on the Hub, which refuses cards that give it a folder of this machine."""
+    return bool(base) and not Path(base).is_absolute() and not Path(base).is_dir()
+
+
+def _section(config: PeftConfig, adapter: str) -> str:
+    base = config.base_model_name_or_path
+    of_base = f" of [{base}](https://huggingface.co/{base})" if _is_public(base) else ""
+    fields = "\n".join(f"- `{name}`: {json.dumps(value)}" for name, value in _shown_fields(config).items())
+    return f"""{_BEGIN}
+# Queryable LoRA adapter
+
+An adapter{of_base} for [PEFT](https://huggingface.co/docs/peft), trained with Queryable LoRA
+([arXiv 2605.08423](https://arxiv.org/abs/2605.08423)). LoRA's update `B A` becomes `B (I + g S) A`, where `S` is a
+sparse mixture of a small bank of atoms that the whole model shares. A router chooses the mixture for each block of
+layers from the input, so the adapter cannot be merged into the base model.
+
+## Use
+
+```bash
+pip install peft_queryable
+```
+
+```python
+{_snippet(config, adapter)}
+```
+
+## Configuration
+
+{fields}
+{_END}"""
+
+
+def _snippet(config: PeftConfig, adapter: str) -> str:
+    """The code that loads the adapter: with the base model where the configuration says what that is."""
+    base, (auto_class, _) = config.base_model_name_or_path, _TASKS.get(config.task_type, (None, None))
+    mapping = config.auto_mapping or {}
+    if auto_class is None and mapping.get("parent_library", "").startswith("transformers."):
+        auto_class = mapping["base_model_class"]
+    lines = ["import peft_queryable  # registers the method with PEFT", "from peft import PeftModel"]
+    if base and auto_class:
+        arguments = json.dumps(base) + (f", revision={json.dumps(config.revision)}" if config.revision else "")
+        labels = "  # with the num_labels of the training" if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ""
+        lines += [f"from transformers import {auto_class}", ""]
+        lines += [f"base_model = {auto_class}.from_pretrained({arguments}){labels}"]
+    else:
+        lines += ["", "base_model = ...  # the model that the adapter was trained on"]
+    return "\n".join([*lines, f'model = PeftModel.from_pretrained(base_model, "{adapter}")'])
+
+
+def _shown_fields(config: PeftConfig) -> dict[str, Any]:
+    """The fields that differ from a plain LoRA's defaults, the method's own among them, as JSON has them."""
+    values, lora = config.to_dict(), LoraConfig().to_dict()
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in values.items()
+        if name in _ALWAYS_SHOWN or (name not in _NEVER_SHOWN and (name not in lora or value != lora[name]))
+    }
