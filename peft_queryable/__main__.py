@@ -1,4 +1,4 @@
-"""`python -m peft_queryable PROGRAM ARGUMENTS`: run a program that has never heard of the method, with it registered."""
+"""`python -m peft_queryable PROGRAM ARGUMENTS`: run a program that knows nothing of the method, with it registered."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def model_card(adapter: str | Path) -> ModelCard:
     """
     config = PeftConfig.from_pretrained(str(adapter))
     if config.peft_type != "QUERYABLE_LORA":
-        raise ValueError(f"{adapter} is an adapter of the type {config.peft_type}: `model_card` takes QUERYABLE_LORA.")
+        raise ValueError(f"{adapter} has the type {config.peft_type.value}: `model_card` takes QUERYABLE_LORA.")
     data = ModelCardData()
     _describe(data, config)
     name = _ANY_ADAPTER if Path(adapter).is_dir() else str(adapter)
@@ -70,29 +70,40 @@ def update_card(folder: Path) -> None:
 
 def _describe(data: ModelCardData, config: PeftConfig) -> None:
     """Correct the metadata in `data`."""
-    base = config.base_model_name_or_path
+    base_class, pipeline = _base_class(config)
     data.library_name = "peft"
-    data.base_model = base if _is_public(base) else None
-    data.pipeline_tag = data.pipeline_tag or _TASKS.get(config.task_type, (None, None))[1]
+    data.base_model = _public_base(config)
+    data.pipeline_tag = data.pipeline_tag or pipeline
     tags = {tag for tag in data.tags or [] if not tag.startswith("base_model:adapter:")} | {"peft", "queryable-lora"}
-    data.tags = sorted(tags | ({f"base_model:adapter:{base}"} if _is_public(base) else set()))
+    tags |= {f"base_model:adapter:{data.base_model}"} if data.base_model else set()
+    data.tags = sorted(tags | ({"transformers"} if base_class else set()))
 
 
-def _is_public(base: str | None) -> bool:
-    """Whether `base` may be a name on the Hub, which refuses cards that give it a folder of this machine."""
-    return bool(base) and not Path(base).is_absolute() and not Path(base).is_dir()
+def _base_class(config: PeftConfig) -> tuple[str | None, str | None]:
+    """transformers' class of the base model and the pipeline tag, as far as the configuration says."""
+    mapping = config.auto_mapping or {}
+    if mapping.get("parent_library", "").startswith("transformers."):
+        return mapping["base_model_class"], None
+    return _TASKS.get(config.task_type, (None, None))
+
+
+def _public_base(config: PeftConfig) -> str | None:
+    """The base model's name on the Hub; None if it is a folder of this machine, which the Hub refuses in a card."""
+    base = config.base_model_name_or_path
+    return None if not base or Path(base).is_absolute() or Path(base).is_dir() else base
 
 
 def _section(config: PeftConfig, adapter: str) -> str:
-    base = config.base_model_name_or_path
-    of_base = f" of [{base}](https://huggingface.co/{base})" if _is_public(base) else ""
+    base = _public_base(config)
+    of_base = f" of [{base}](https://huggingface.co/{base})" if base else ""
     fields = "\n".join(f"- `{name}`: {json.dumps(value)}" for name, value in _shown_fields(config).items())
     return f"""{_BEGIN}
 # Queryable LoRA adapter
 
-An adapter{of_base} for [PEFT](https://huggingface.co/docs/peft), trained with Queryable LoRA
-([arXiv 2605.08423](https://arxiv.org/abs/2605.08423)). LoRA's update `B A` becomes `B (I + g S) A`, where `S` is a
-sparse mixture of a small bank of atoms that the whole model shares. A router chooses the mixture for each block of
+A [PEFT](https://huggingface.co/docs/peft) adapter{of_base}, trained with Queryable LoRA.
+
+LoRA's update `B A` becomes `B (I + g S) A`, where `S` is a sparse mixture of a small bank of atoms that the whole
+model shares ([arXiv 2605.08423](https://arxiv.org/abs/2605.08423)). A router chooses the mixture for each block of
 layers from the input, so the adapter cannot be merged into the base model.
 
 ## Use
@@ -113,16 +124,13 @@ pip install peft_queryable
 
 def _snippet(config: PeftConfig, adapter: str) -> str:
     """The code that loads the adapter: with the base model where the configuration says what that is."""
-    base, (auto_class, _) = config.base_model_name_or_path, _TASKS.get(config.task_type, (None, None))
-    mapping = config.auto_mapping or {}
-    if auto_class is None and mapping.get("parent_library", "").startswith("transformers."):
-        auto_class = mapping["base_model_class"]
+    base, (base_class, _) = config.base_model_name_or_path, _base_class(config)
     lines = ["import peft_queryable  # registers the method with PEFT", "from peft import PeftModel"]
-    if base and auto_class:
+    if base and base_class:
         arguments = json.dumps(base) + (f", revision={json.dumps(config.revision)}" if config.revision else "")
         labels = "  # with the num_labels of the training" if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ""
-        lines += [f"from transformers import {auto_class}", ""]
-        lines += [f"base_model = {auto_class}.from_pretrained({arguments}){labels}"]
+        lines += [f"from transformers import {base_class}", ""]
+        lines += [f"base_model = {base_class}.from_pretrained({arguments}){labels}"]
     else:
         lines += ["", "base_model = ...  # the model that the adapter was trained on"]
     return "\n".join([*lines, f'model = PeftModel.from_pretrained(base_model, "{adapter}")'])

@@ -39,7 +39,7 @@ from smollm2 import smollm2_folder
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_quantization_config
 
-from peft_queryable import QueryableLoraConfig
+from peft_queryable import QueryableLoraConfig, model_card
 
 WARM_UP_STEPS = 3  # not timed: memory is still being allocated
 
@@ -114,6 +114,11 @@ def finetune(folder, config, train_dataset, training_args, model_args):
     )
     trainer.train()
     trainer.save_model()
+    if isinstance(config, QueryableLoraConfig):  # after TRL's own card, which loads the adapter without the method
+        card = model_card(folder)
+        card.save(folder / "README.md")
+        if args.push_to_hub:
+            card.push_to_hub(trainer.hub_model_id, token=args.hub_token)
     if "wandb" in args.report_to:  # the Trainer leaves its run open, and the next method would go on in it
         import wandb
 
