@@ -90,6 +90,7 @@ def arguments(model_folder, data_files, output):
 def sft(model_folder, data_files, tmp_path_factory):
     output = tmp_path_factory.mktemp("sft")
     settings = ["--learning_rate", 3e-2, "--max_steps", 40, "--queryable_num_atoms", 6, "--queryable_top_k", 2]
+    settings += ["--save_strategy", "steps", "--save_steps", 40]
     stdout = run("sft.py", *arguments(model_folder, data_files, output), *settings)
     return output, stdout, json.loads((output / "results.json").read_text())
 
@@ -116,6 +117,14 @@ def test_the_written_adapters_are_of_their_method(sft):
         ours, theirs = configs["queryable"][shared], configs["lora"][shared]
         assert ours == theirs if not isinstance(ours, list) else set(ours) == set(theirs)
     assert (output / "curves.png").stat().st_size > 0
+
+
+def test_the_last_card_is_ours(sft):
+    """The card of TRL's checkpoints loads an adapter as plain LoRA; the recipe writes ours over it."""
+    lora, queryable = ((sft[0] / method / "README.md").read_text() for method in ("lora", "queryable"))
+    assert "It has been trained using [TRL]" in lora
+    assert "# Queryable LoRA adapter" in queryable
+    assert "TRL" not in queryable
 
 
 @pytest.mark.parametrize("method", ["base", "lora", "queryable"])
