@@ -134,7 +134,7 @@ class QueryableLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.instruction is not None and self.peft_version is None:  # no configuration that was saved
+        if self.instruction is not None and self.peft_queryable_version is None:  # no configuration that was saved
             raise ValueError(
                 "`instruction` is written by `set_instruction(model, text)`, which embeds the text too: make the "
                 "model without it, and call that."

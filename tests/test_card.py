@@ -75,12 +75,16 @@ def test_the_code_on_the_card_loads_the_adapter(name, task_type, tmp_path):
     assert torch.equal(outputs(namespace["model"], inputs), outputs(model, inputs))
 
 
-def test_a_folder_is_no_base_model_on_the_hub(tmp_path):
+@pytest.mark.parametrize("name", ["base", "/no/longer/here"])
+def test_a_folder_is_no_base_model_on_the_hub(name, tmp_path, monkeypatch):
     """A base model from this machine is in the code, and not in the metadata, which the Hub would refuse."""
-    card = saved_card(adapted(named_llama(str(tmp_path)), target_modules=["q_proj"], task_type="CAUSAL_LM"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    card = saved_card(adapted(named_llama(name), target_modules=["q_proj"], task_type="CAUSAL_LM"), tmp_path)
     assert card.data.base_model is None
     assert card.data.tags == ["peft", "queryable-lora", "transformers"]
-    assert f'from_pretrained("{tmp_path}")' in card.text
+    assert f'from_pretrained("{name}")' in card.text
+    assert f"huggingface.co/{name}" not in card.text
 
 
 def test_the_revision_of_the_base_is_in_the_code(tmp_path):

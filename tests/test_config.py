@@ -11,7 +11,7 @@ from peft.tuners.lora import ArrowConfig, BdLoraConfig, LoraLayer
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from peft.utils import PeftType
 
-from peft_queryable import QueryableLoraConfig
+from peft_queryable import QueryableLoraConfig, __version__
 
 DEFAULTS = {
     "num_atoms": 16,
@@ -31,6 +31,7 @@ DEFAULTS = {
     "query_terms": ("state", "depth", "instruction"),
     "init_gate": 0.5,
     "init_atom_scale": 1.0,
+    "peft_queryable_version": __version__,
 }
 
 OUT_OF_RANGE = [
@@ -174,7 +175,7 @@ EVERY_FIELD = {
     "query_terms": ["state", "instruction"],
     "init_gate": 0.3,
     "init_atom_scale": 0.2,
-    "peft_version": "0.21.2",  # as in a saved one: only `set_instruction` writes `instruction` into a new one
+    "peft_queryable_version": "9.9",  # as in a saved one: only `set_instruction` writes `instruction` into a new one
 }
 
 
