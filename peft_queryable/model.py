@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _filter_state_dict_by_key_prefixes,
@@ -48,6 +49,8 @@ class QueryableLoraModel(BaseTuner):
     tuner_layer_cls = QueryableLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     uses_shared_state = True  # PEFT then refuses to inject layers without the tuner that owns the bank
+
+    _replace_module = LoraModel._replace_module  # BaseTuner's asks for a `weight`, which GPTQ's and HQQ's layers lack
 
     queryable_lora_router: Any
 

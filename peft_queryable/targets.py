@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
@@ -28,8 +29,11 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
         return f"it already carries an adapter of type {type(target).__name__}"
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter on it would do nothing"
-    if not isinstance(base_layer, (nn.Linear, Conv1D)):
-        return f"it is of type {type(base_layer).__name__}, and Queryable LoRA adapts torch.nn.Linear and Conv1D"
+    if not _is_linear(base_layer):
+        return (
+            f"it is of type {type(base_layer).__name__}, and Queryable LoRA adapts torch.nn.Linear, Conv1D and the "
+            "quantised linear layers that PEFT knows (docs/quantised.md)"
+        )
     if ".experts." in f".{name}.":
         return "it belongs to an expert, which gets loose tokens: their sequence, and so their route, is not known"
     if not isinstance(model, PreTrainedModel):
@@ -43,6 +47,14 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
     if _reads_positions(model.config, name):
         return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
     return None
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    if isinstance(layer, (nn.Linear, Conv1D)):  # most quantised layers are: bitsandbytes', torchao's, ...
+        return True
+    # The others are not torch's; torchao may quantise the weight of an nn.Embedding, which stays one.
+    is_foreign = not type(layer).__module__.startswith("torch.")
+    return is_foreign and resolve_quantization_backend(layer) is not None
 
 
 def _reads_positions(config: Any, name: str) -> bool:
