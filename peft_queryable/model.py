@@ -23,6 +23,7 @@ from .config import QueryableLoraConfig
 from .context import Plan
 from .encoders import BACKBONE, InstructionEncoder, load_encoder
 from .layer import MERGE_REFUSAL, Linear, Place, QueryableLoraLayer
+from .offload import onload
 from .router import Router
 from .stack import Stack, StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
 from .targets import check_target
@@ -91,9 +92,8 @@ class QueryableLoraModel(BaseTuner):
         num_blocks = sum(block[-1] + 1 for block in blocks.values())
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             router = _create_router(config, num_blocks)
-        weight = next(iter(layers.values())).lora_A[adapter_name].weight
-        router.to(dtype=weight.dtype) if low_cpu_mem_usage else router.to(weight)
         self.queryable_lora_router[adapter_name] = router
+        self._match_router(adapter_name, next(iter(layers.values())))
         self._place(model, adapter_name, layers, stacks, blocks)
         # As PEFT does for the adapters that were there before: theirs stay as they were.
         trainable[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
@@ -250,9 +250,19 @@ class QueryableLoraModel(BaseTuner):
         self._sync_requires_grad()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        layers = [m for m in self.model.modules() if isinstance(m, QueryableLoraLayer) and adapter_name in m.lora_A]
+        # PEFT comes here once more after a load, by when accelerate may have offloaded parts of the adapter.
+        onload(self.queryable_lora_router[adapter_name])
+        for layer in layers:
+            for parts in (layer.lora_A, layer.lora_B, layer.queryable_lora_gate):
+                onload(parts[adapter_name])
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        layers = (m for m in self.model.modules() if isinstance(m, QueryableLoraLayer) and adapter_name in m.lora_A)
-        self.queryable_lora_router[adapter_name].to(next(layers).lora_A[adapter_name].weight)
+        self._match_router(adapter_name, layers[0])
+
+    def _match_router(self, adapter_name: str, layer: QueryableLoraLayer) -> None:
+        """Give the router the dtype of the factors of `layer` and their device, unless that is the meta device."""
+        weight = layer.lora_A[adapter_name].weight
+        self.queryable_lora_router[adapter_name].to(None if weight.is_meta else weight.device, weight.dtype)
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)

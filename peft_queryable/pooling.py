@@ -162,6 +162,8 @@ def read_tokens(
     given = None
     if prompt_length is not None and past == 0:
         given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
+    # The outermost call's own, which accelerate has not moved yet where it moves inputs to the model's device.
+    labels, prompt_mask = (None if t is None else t.to(inputs.device) for t in (labels, prompt_mask))
     return Tokens(real, prompt_tokens(labels, prompt_mask, real, segments), given, segments)
 
 
@@ -204,8 +206,9 @@ class Pool:
                     "`exclude_modules`."
                 )
         if self.mask is not None:
-            states = states.masked_fill(~self.mask, 0)
-        return segment_cumsum(states, self.segments) if self.causal else segment_sum(states, self.segments)
+            states = states.masked_fill(~self.mask.to(states.device), 0)
+        segments = self.segments.to(states.device) if self.segments is not None else None
+        return segment_cumsum(states, segments) if self.causal else segment_sum(states, segments)
 
     def count(self, states: Tensor) -> Tensor:
         """Number of tokens in each of the sums of `states` [B, T, r]: [B, T, 1] or [B, 1, 1]."""

@@ -156,8 +156,8 @@ class Router(nn.Module):
             if self.instruction is None:
                 return Lookup(keys, None, None)
             # Even an embedding of 0 keeps Q_ctx and R_ctx in the graph.
-            instruction = self.instruction.weight if instruction is None else instruction.to(keys.device)
-            embedding = instruction.to(dtype).unsqueeze(1)  # [B or 1, 1, d_c]
+            instruction = self.instruction.weight if instruction is None else instruction
+            embedding = instruction.to(keys).unsqueeze(1)  # [B or 1, 1, d_c]
             query = None
             if self.instruction_query is not None:
                 query = self.instruction_query_weight * _linear(self.instruction_query, embedding)
@@ -188,7 +188,7 @@ class Router(nn.Module):
     def operator(self, weights: Tensor) -> Tensor:
         """Routed operators S = sum_m alpha_m C_m (Eq. 23) of `weights` [B, 1, M]: [B, r, r] in their dtype."""
         with torch.autocast(weights.device.type, enabled=False):
-            atoms = self.atoms.weight.to(weights.dtype).flatten(1)  # [M, r r]
+            atoms = self.atoms.weight.to(weights).flatten(1)  # [M, r r]
             return (weights @ atoms).view(-1, self.rank, self.rank)
 
     def mix(self, weights: Tensor, states: Tensor) -> Tensor:
@@ -197,10 +197,10 @@ class Router(nn.Module):
         Returns [B, T, r] in the dtype of `states`.
         """
         with torch.autocast(states.device.type, enabled=False):
-            return _Mix.apply(weights.to(states.dtype), states, self.atoms.weight.to(states.dtype))
+            return _Mix.apply(weights.to(states), states, self.atoms.weight.to(states))
 
     def _query(self, block: int, state: Tensor, means: list[Tensor], lookup: Lookup) -> Tensor:
-        query = self.prior.weight[block].to(state.dtype).expand(*state.shape[:-1], -1)  # Eq. 2, term by term
+        query = self.prior.weight[block].to(state).expand(*state.shape[:-1], -1)  # Eq. 2, term by term
         if self.state_query is not None:
             query = query + _linear(self.state_query, state)
         if lookup.query is not None:
@@ -250,6 +250,6 @@ def _outer(weights: Tensor, states: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Linear | None, x: Tensor) -> Tensor:
-    """`layer(x)` in the dtype of `x`, for layers whose weights are kept in a narrower one."""
+    """`layer(x)` in the dtype of `x` and on its device, for weights that are narrower or, in split models, afar."""
     assert layer is not None
-    return x @ layer.weight.to(x.dtype).T
+    return x @ layer.weight.to(x).T

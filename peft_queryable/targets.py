@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import nn
@@ -33,6 +34,11 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
         return (
             f"it is of type {type(base_layer).__name__}, and Queryable LoRA adapts torch.nn.Linear, Conv1D and the "
             "quantised linear layers that PEFT knows (docs/quantised.md)"
+        )
+    if has_offloaded_params(base_layer):
+        return (
+            "accelerate keeps its weight on the CPU or on disk, and PEFT would make the adapter there, without data; "
+            "the first adapter of a model can be loaded, by `PeftModel.from_pretrained` with a `device_map`"
         )
     if ".experts." in f".{name}.":
         return "it belongs to an expert, which gets loose tokens: their sequence, and so their route, is not known"
