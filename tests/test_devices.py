@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 
 DEVICES = ("cpu", "meta")  # two that need no accelerator; fake tensors compute nothing, and refuse to mix devices
-ROUTER = "base_model.queryable_lora_router"
 
 
 def fake(module: nn.Module, device: str) -> None:
@@ -76,15 +75,21 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def offloaded(folder, disk: list[int]) -> tuple[nn.Module, dict[str, str]]:
-    """The model of `folder` with the layers `disk` on disk, and its device map for PEFT, without the router."""
+def offloaded(folder, disk: list[int]) -> nn.Module:
+    """The model of `folder` with the layers `disk` on disk."""
     names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
     device_map = dict.fromkeys(names, "cpu")
     device_map |= {f"model.layers.{i}": "disk" if i in disk else "cpu" for i in range(LAYERS)}
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder / "base", device_map=device_map, offload_folder=folder / "offload"
     )
-    return model, {f"base_model.model.{name}": device for name, device in device_map.items()}
+
+
+def load(base: nn.Module, folder, router: str = "cpu") -> PeftModel:
+    """`base` with the adapter of `folder`, everything where `base` has it."""
+    device_map = {f"base_model.model.{name}": device for name, device in base.hf_device_map.items()}
+    device_map["base_model.queryable_lora_router"] = router
+    return PeftModel.from_pretrained(base, folder / "adapter", device_map=device_map, offload_dir=folder)
 
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter in the checkpoint:UserWarning")
@@ -100,10 +105,7 @@ def test_disk_offload(folder, disk, scope):
     expected = outputs(model, inputs)
     tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     model.save_pretrained(folder / "adapter")
-    base, device_map = offloaded(folder, disk)
-    loaded = PeftModel.from_pretrained(
-        base, folder / "adapter", device_map=device_map | {ROUTER: "cpu"}, offload_dir=folder
-    )
+    loaded = load(offloaded(folder, disk), folder)
     assert any(p.is_meta for p in loaded.parameters())
     assert torch.equal(outputs(loaded, inputs), expected)
     assert torch.equal(loaded.generate(**inputs, max_new_tokens=5, do_sample=False), tokens)
@@ -116,14 +118,16 @@ def test_disk_offload(folder, disk, scope):
 def test_router_on_disk_is_refused(folder):
     """PEFT saves no tensors of the tuner itself for accelerate to find; the error says where the router may go."""
     adapted(llama(), target_modules="all-linear").save_pretrained(folder / "adapter")
-    base, device_map = offloaded(folder, [1])
-    with pytest.raises(ValueError, match=rf"atoms.weight.* give `{ROUTER}` a device"):
-        PeftModel.from_pretrained(
-            base, folder / "adapter", device_map=device_map | {ROUTER: "disk"}, offload_dir=folder
-        )
+    with pytest.raises(ValueError, match=r"atoms.weight.* give `base_model.queryable_lora_router` a device"):
+        load(offloaded(folder, [1]), folder, router="disk")
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter in the checkpoint:UserWarning")
 def test_new_adapter_on_disk_is_refused(folder):
     """PEFT makes adapters of offloaded layers without data: an error names the layer and the way that works."""
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj' .*on disk.*PeftModel\.from_pretrained"):
-        adapted(offloaded(folder, [1])[0], target_modules="all-linear")
+        adapted(offloaded(folder, [1]), target_modules="all-linear")
+    adapted(llama(), target_modules="all-linear").save_pretrained(folder / "adapter")
+    loaded = load(offloaded(folder, [1]), folder)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj' .*on disk"):
+        loaded.load_adapter(folder / "adapter", "second")
