@@ -15,9 +15,34 @@ from .version import __version__
 ROUTING_SCOPES = ("auto", "causal", "prompt", "sequence")
 QUERY_TERMS = ("state", "depth", "instruction")
 
-# LoraConfig fields that have no meaning here, and why.
+# Initialisations of LoraConfig, and what they do to the base weight W and the update B A.
+MOVING_INITIALISATIONS = ("olora", "pissa")  # move a part of W into B A, and do the same again when loaded
+INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", *MOVING_INITIALISATIONS)
+
+# What of LoraConfig has no meaning here, and why.
 _VARIANT = "it replaces the LoRA update B A by one that has no rank-space operator to route"
+_PREPROCESSED = (
+    "it moves a part of the base weight into B A that only its preprocessing knows, so a saved adapter would not fit "
+    "its base model, and cannot be converted to one that does; use 'pissa' or 'olora', which loading repeats"
+)
+_LOFTQ = (
+    "it replaces the base weight by a quantised copy, which PEFT makes on an accelerator only; load the base model "
+    "quantised, and leave the initialisation at its default"
+)
+_UNSUPPORTED_INITIALISATIONS = {
+    "mica": _VARIANT,
+    "corda": _PREPROCESSED,
+    "lora_ga": _PREPROCESSED,
+    "loftq": _LOFTQ,
+    "pissa_niter": (
+        "its random decomposition comes out differently when the adapter is loaded, which then does not fit its base "
+        "model; use 'pissa', which is exact"
+    ),
+}
 _UNSUPPORTED_FIELDS = {
+    "corda_config": _PREPROCESSED,
+    "lora_ga_config": _PREPROCESSED,
+    "loftq_config": _LOFTQ,
     "use_dora": _VARIANT,
     "velora_config": _VARIANT,
     "alora_invocation_tokens": _VARIANT,
@@ -134,6 +159,7 @@ class QueryableLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        self._refuse_unsupported()  # before PEFT asks for what they need, or warns that it is missing
         if self.instruction is not None and self.peft_queryable_version is None:  # no configuration that was saved
             raise ValueError(
                 "`instruction` is written by `set_instruction(model, text)`, which embeds the text too: make the "
@@ -146,7 +172,6 @@ class QueryableLoraConfig(LoraConfig):
         if isinstance(self.query_terms, str):
             raise ValueError(f"`query_terms` must be a list or tuple of terms, got {self.query_terms!r}.")
         self.query_terms = tuple(self.query_terms)  # JSON has lists only
-        self._refuse_unsupported_fields()
         self._check_types()
         self._check_ranges()
 
@@ -155,12 +180,16 @@ class QueryableLoraConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         update_card(Path(save_directory))
 
-    def _refuse_unsupported_fields(self) -> None:
+    def _refuse_unsupported(self) -> None:
+        init = self.init_lora_weights
+        for name, reason in _UNSUPPORTED_INITIALISATIONS.items():
+            if isinstance(init, str) and init.startswith(name):
+                raise ValueError(f"QueryableLoraConfig does not support `init_lora_weights={init!r}`: {reason}.")
+        if init not in INITIALISATIONS:
+            raise ValueError(f"`init_lora_weights` must be one of {INITIALISATIONS}, got {init!r}.")
         for name, reason in _UNSUPPORTED_FIELDS.items():
             if value := getattr(self, name):
                 raise ValueError(f"QueryableLoraConfig does not support `{name}` (got {value!r}): {reason}.")
-        if self.init_lora_weights == "mica":
-            raise ValueError(f"QueryableLoraConfig does not support `init_lora_weights='mica'`: {_VARIANT}.")
 
     def _check_types(self) -> None:
         for name in ("instruction_encoder", "instruction_encoder_revision", "instruction"):
@@ -188,6 +217,11 @@ class QueryableLoraConfig(LoraConfig):
         for name in ("instruction_strength", "instruction_query_weight", "init_atom_scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.init_lora_weights == "eva" and self.eva_config.rho != 1:
+            raise ValueError(
+                f"`eva_config.rho` must be 1, got {self.eva_config.rho}: more gives modules different ranks, and one "
+                "bank of r x r atoms serves them all. Pass `eva_config=EvaConfig(rho=1.0)`."
+            )
         if not 0 < self.init_gate < 1:
             raise ValueError(f"`init_gate` must be between 0 and 1, both excluded, got {self.init_gate}.")
         if self.routing_scope not in ROUTING_SCOPES:

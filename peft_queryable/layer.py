@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .config import QueryableLoraConfig
+from .config import MOVING_INITIALISATIONS, QueryableLoraConfig
 from .context import Replay, Routing
 from .router import Table
 
@@ -64,7 +64,14 @@ class QueryableLoraLayer(LoraLayer):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: QueryableLoraConfig, **kwargs: Any
     ) -> None:
+        if r != config.r:  # PEFT's EVA, given other components than its configuration says
+            raise ValueError(f"Adapter {adapter_name!r} has rank r={config.r} in all its modules, got {r} for one.")
         gate = Table(1)
+        if gate.weight.is_meta and config.init_lora_weights in MOVING_INITIALISATIONS:
+            raise ValueError(
+                f"Adapter {adapter_name!r} was made with `init_lora_weights={config.init_lora_weights!r}`, which "
+                "decomposes the base weights again. Load it with `low_cpu_mem_usage=False`."
+            )
         nn.init.constant_(gate.weight, torch.logit(torch.tensor(config.init_gate, dtype=torch.float64)).item())
         self.queryable_lora_gate[adapter_name] = gate
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)

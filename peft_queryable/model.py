@@ -13,13 +13,13 @@ from peft.tuners.tuners_utils import (
     _get_tuner_state_dict_key_prefixes,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.integrations import init_empty_weights
+from peft.utils.integrations import init_empty_weights, skip_init_on_device
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .call import OuterCall
-from .config import QueryableLoraConfig
+from .config import MOVING_INITIALISATIONS, QueryableLoraConfig
 from .context import Plan
 from .encoders import BACKBONE, InstructionEncoder, load_encoder
 from .layer import MERGE_REFUSAL, Linear, Place, QueryableLoraLayer
@@ -49,9 +49,9 @@ class QueryableLoraModel(BaseTuner):
     prefix: str = "lora_"
     tuner_layer_cls = QueryableLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    uses_shared_state = True  # PEFT then refuses to inject layers without the tuner that owns the bank
-
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # for `ensure_weight_tying`
     _replace_module = LoraModel._replace_module  # BaseTuner's asks for a `weight`, which GPTQ's and HQQ's layers lack
+    uses_shared_state = True  # PEFT then refuses to inject layers without the tuner that owns the bank
 
     queryable_lora_router: Any
 
@@ -73,27 +73,30 @@ class QueryableLoraModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         self._infer_instruction_dim(self.peft_config[adapter_name])
-        trainable = {name: router.keys.weight.requires_grad for name, router in self.queryable_lora_router.items()}
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, QueryableLoraLayer) and adapter_name in module.lora_A
-        }
         config = self.peft_config[adapter_name]
+        trainable = {name: router.keys.weight.requires_grad for name, router in self.queryable_lora_router.items()}
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except Exception:
+            for layer in self._layers(adapter_name).values():  # else they would join the next adapter of this name
+                layer.delete_adapter(adapter_name)
+            raise
+        layers = self._layers(adapter_name)
         stacks = find_stacks(model, list(layers))
         blocks = {key: split_into_blocks(len(names), config.num_blocks) for key, names in stacks.items()}
         num_blocks = sum(block[-1] + 1 for block in blocks.values())
+        # PEFT gives the empty layers of a new EVA adapter their weights when it has seen data, but knows of no bank.
+        create = skip_init_on_device(_create_router) if config.init_lora_weights == "eva" else _create_router
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = _create_router(config, num_blocks)
+            router = create(config, num_blocks)
         self.queryable_lora_router[adapter_name] = router
-        self._match_router(adapter_name, next(iter(layers.values())))
+        self._match_router(adapter_name)
         self._place(model, adapter_name, layers, stacks, blocks)
         # As PEFT does for the adapters that were there before: theirs stay as they were.
         trainable[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
@@ -224,6 +227,21 @@ class QueryableLoraModel(BaseTuner):
 
     # Adapter management: the bank is a part of its adapter
 
+    def _check_new_adapter_config(self, config: QueryableLoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        moving = {name for name, c in self.peft_config.items() if c.init_lora_weights in MOVING_INITIALISATIONS}
+        if moving and len(self.peft_config) > 1:
+            raise ValueError(
+                f"Of several adapters, none may be made with `init_lora_weights` in {MOVING_INITIALISATIONS}, as "
+                f"{sorted(moving)} is: they change the base weights under all the others. Use one model for each."
+            )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "Queryable LoRA adapters cannot be combined into one: their banks and routes do not add up. Make them "
+            "active together, with `model.base_model.set_adapter([...])`: their updates add up."
+        )
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._sync_requires_grad(inference_mode=inference_mode)
@@ -250,18 +268,25 @@ class QueryableLoraModel(BaseTuner):
         self._sync_requires_grad()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        layers = [m for m in self.model.modules() if isinstance(m, QueryableLoraLayer) and adapter_name in m.lora_A]
         # PEFT comes here once more after a load, by when accelerate may have offloaded parts of the adapter.
         onload(self.queryable_lora_router[adapter_name])
-        for layer in layers:
+        for layer in self._layers(adapter_name).values():
             for parts in (layer.lora_A, layer.lora_B, layer.queryable_lora_gate):
                 onload(parts[adapter_name])
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._match_router(adapter_name, layers[0])
+        self._match_router(adapter_name)
 
-    def _match_router(self, adapter_name: str, layer: QueryableLoraLayer) -> None:
-        """Give the router the dtype of the factors of `layer` and their device, unless that is the meta device."""
-        weight = layer.lora_A[adapter_name].weight
+    def _layers(self, adapter_name: str) -> dict[str, QueryableLoraLayer]:
+        """The modules that the adapter adapts, by name."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, QueryableLoraLayer) and adapter_name in module.lora_A
+        }
+
+    def _match_router(self, adapter_name: str) -> None:
+        """Give the router the dtype of its adapter's factors and their device, unless that is the meta device."""
+        weight = next(iter(self._layers(adapter_name).values())).lora_A[adapter_name].weight
         self.queryable_lora_router[adapter_name].to(None if weight.is_meta else weight.device, weight.dtype)
 
     def _check_merge_allowed(self) -> None:
@@ -326,7 +351,8 @@ def _remove_hooks(model: nn.Module) -> None:
 
 
 def _create_router(config: QueryableLoraConfig, num_blocks: int) -> Router:
-    starts_at_zero = config.init_lora_weights in (True, "gaussian", "eva")
+    # B A is no zero there, and the model is its base only while S = 0.
+    starts_at_zero = config.init_lora_weights in ("orthogonal", *MOVING_INITIALISATIONS)
     return Router(
         rank=config.r,
         num_atoms=config.num_atoms,
@@ -340,6 +366,5 @@ def _create_router(config: QueryableLoraConfig, num_blocks: int) -> Router:
         instruction_strength=config.instruction_strength,
         instruction_query_weight=config.instruction_query_weight,
         query_terms=config.query_terms,
-        # Initialisations that move a part of the base weight into B A are an identity only while S = 0.
-        atom_scale=config.init_atom_scale if starts_at_zero or config.init_lora_weights is False else 0.0,
+        atom_scale=0.0 if starts_at_zero else config.init_atom_scale,
     )

@@ -163,6 +163,14 @@ def learned(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
     return [p for name, p in parameters if not name.endswith(f".{adapter}.instruction.weight")]
 
 
+def close_gates(model: nn.Module) -> None:
+    """Put every gate at logit -inf, so that g = 0."""
+    for layer in model.modules():
+        if isinstance(layer, QueryableLoraLayer):
+            for gate in layer.queryable_lora_gate.values():
+                nn.init.constant_(gate.weight, -torch.inf)
+
+
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of a transformers model, output of another."""
     with torch.no_grad():

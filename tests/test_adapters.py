@@ -177,6 +177,6 @@ def test_a_frozen_adapter_beside_a_trained_one(model, folder):
 
 
 def test_weighted_adapters_are_refused(model):
-    """LoRA's `add_weighted_adapter` does not exist here: banks do not add up."""
-    with pytest.raises(AttributeError):
+    """LoRA's `add_weighted_adapter` raises an error that says why, and what to do."""
+    with pytest.raises(NotImplementedError, match=r"do not add up\..*`model\.base_model\.set_adapter"):
         model.add_weighted_adapter(["default"], [1.0], "sum")

@@ -6,9 +6,9 @@ import math
 
 import pytest
 from models import LLAMA_PROJECTIONS, llama
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import EvaConfig, LoftQConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import ArrowConfig, BdLoraConfig, LoraLayer
-from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from peft.utils import PeftType
 
 from peft_queryable import QueryableLoraConfig, __version__
@@ -81,6 +81,9 @@ UNSUPPORTED = {
     "layer_replication": [(0, 2)],
     "target_parameters": ["weight"],
     "megatron_config": {"tensor_parallel": 2},
+    "corda_config": CordaConfig(),
+    "lora_ga_config": LoraGAConfig(),
+    "loftq_config": LoftQConfig(),
 }
 
 
@@ -139,10 +142,26 @@ def test_unsupported_lora_field_is_refused_with_a_reason(name):
         QueryableLoraConfig(task_type="CAUSAL_LM", **{name: UNSUPPORTED[name]})
 
 
-def test_unsupported_initialisation_is_refused():
-    """MiCA trains B alone, which is no rank-space operator to route."""
-    with pytest.raises(ValueError, match="init_lora_weights='mica'"):
-        QueryableLoraConfig(init_lora_weights="mica")
+@pytest.mark.parametrize("init", ["mica", "corda", "lora_ga", "loftq", "pissa_niter_4"])
+def test_unsupported_initialisation_is_refused(init):
+    """An initialisation that cannot work here raises a ValueError that names it and says why, before any warning."""
+    with pytest.raises(ValueError, match=rf"`init_lora_weights='{init}'`: .{{20,}}\."):
+        QueryableLoraConfig(init_lora_weights=init)
+
+
+@pytest.mark.parametrize("init", ["MiCA", "PiSSA", "kaiming", "", None, 2])
+def test_unknown_initialisation_is_refused(init):
+    """A value that names no initialisation raises a ValueError with those that do."""
+    with pytest.raises(ValueError, match=rf"`init_lora_weights` must be one of .*'gaussian'.*, got {init!r}"):
+        QueryableLoraConfig(init_lora_weights=init)
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva' but `eva_config` is not specified:UserWarning")
+@pytest.mark.parametrize("eva_config", [None, EvaConfig(rho=1.5)], ids=["default", "1.5"])
+def test_eva_with_several_ranks_is_refused(eva_config):
+    """EVA's default moves rank from module to module: a ValueError says what to pass."""
+    with pytest.raises(ValueError, match=r"`eva_config\.rho` must be 1, got (2\.0|1\.5).*`eva_config=EvaConfig"):
+        QueryableLoraConfig(init_lora_weights="eva", eva_config=eva_config)
 
 
 def test_every_lora_variant_is_refused():
