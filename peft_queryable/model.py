@@ -244,28 +244,28 @@ class QueryableLoraModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._sync_requires_grad(inference_mode=inference_mode)
+        self._sync_requires_grad()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.queryable_lora_router:
-                self.queryable_lora_router[name].requires_grad_(requires_grad)
+        self._sync_requires_grad()
 
-    def _sync_requires_grad(self, inference_mode: bool = False) -> None:
+    def _sync_requires_grad(self) -> None:
         for name, router in self.queryable_lora_router.items():
-            router.requires_grad_(name in self.active_adapters and not inference_mode)
+            router.requires_grad_(self._weight(name).requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
-        self._sync_requires_grad(inference_mode=not enabled)
+        self._sync_requires_grad()
 
     def delete_adapter(self, adapter_name: str) -> None:
+        was_active, others = adapter_name in self.active_adapters, set(self.active_adapters) - {adapter_name}
         super().delete_adapter(adapter_name)
         del self.queryable_lora_router[adapter_name]
         for stack in self.stacks.values():
             stack.plans.pop(adapter_name, None)
-        self._sync_requires_grad()
+        if was_active:  # PEFT lets each layer choose an adapter in its place, and layers may have different ones
+            self.set_adapter(sorted(others or self.peft_config)[: len(others) or 1])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT comes here once more after a load, by when accelerate may have offloaded parts of the adapter.
@@ -284,9 +284,12 @@ class QueryableLoraModel(BaseTuner):
             if isinstance(module, QueryableLoraLayer) and adapter_name in module.lora_A
         }
 
+    def _weight(self, adapter_name: str) -> Tensor:
+        """Some A of the adapter: the router is where A is, has its dtype, and trains when it does."""
+        return next(iter(self._layers(adapter_name).values())).lora_A[adapter_name].weight
+
     def _match_router(self, adapter_name: str) -> None:
-        """Give the router the dtype of its adapter's factors and their device, unless that is the meta device."""
-        weight = next(iter(self._layers(adapter_name).values())).lora_A[adapter_name].weight
+        weight = self._weight(adapter_name)
         self.queryable_lora_router[adapter_name].to(None if weight.is_meta else weight.device, weight.dtype)
 
     def _check_merge_allowed(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -203,3 +204,26 @@ def train_step(model: nn.Module, inputs: dict, optimizer: torch.optim.Optimizer)
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+
+
+def two_adapters() -> PeftModel:
+    """An MLP with adapters `one` and `two`, of other ranks, banks, scopes and targets, both random."""
+    config = QueryableLoraConfig(r=4, num_atoms=6, router_dim=8, target_modules=["first", "third"])
+    model = get_peft_model(mlp(), config, adapter_name="one")
+    other = QueryableLoraConfig(
+        r=2, num_atoms=3, top_k=2, router_dim=4, target_modules=["second", "third"], routing_scope="causal"
+    )
+    model.add_adapter("two", other)
+    randomise(model, "one")
+    randomise(model, "two")
+    return model.eval()
+
+
+def alone(model: PeftModel, adapter: str) -> PeftModel:
+    """A model with nothing but `adapter` of `model`, on the same base."""
+    result = get_peft_model(
+        copy.deepcopy(model).unload(), copy.deepcopy(model.peft_config[adapter]), adapter_name=adapter
+    )
+    missing, _ = result.load_state_dict(model.state_dict(), strict=False)
+    assert not [name for name in missing if f".{adapter}." in name]
+    return result.eval()

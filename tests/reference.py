@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 RMS_EPS = 1e-6  # Assumption D.3; the paper states no value
-ROUTER = "base_model.queryable_lora_router.default."
+ROUTER = "base_model.queryable_lora_router."
 MODULES = "base_model.model."
 
 
@@ -228,26 +228,31 @@ class Call:
         scope: "causal", "prompt" or "sequence".
         tokens: the tokens of the call.
         instruction: e(c), [B, d_c] or [1, d_c].
+        adapter: the adapter's name.
     """
 
     def __init__(
-        self, parameters: dict[str, Tensor], config: Any, scope: str, tokens: Tokens, instruction: Tensor | None = None
+        self,
+        parameters: dict[str, Tensor],
+        config: Any,
+        scope: str,
+        tokens: Tokens,
+        instruction: Tensor | None = None,
+        adapter: str = "default",
     ) -> None:
+        self.adapter = adapter
         self.parameters, self.scope, self.tokens, self.instruction = parameters, scope, tokens, instruction
         self.scale = config.lora_alpha / config.r
-        shared = {name.removeprefix(ROUTER): p for name, p in parameters.items() if name.startswith(ROUTER)}
+        router, A = f"{ROUTER}{adapter}.", f".lora_A.{adapter}.weight"
+        shared = {name.removeprefix(router): p for name, p in parameters.items() if name.startswith(router)}
         self.bank = Bank.read(shared, Hyper.of(config))
-        self.names = [
-            name.removeprefix(MODULES).removesuffix(".lora_A.default.weight")
-            for name in parameters
-            if name.endswith(".lora_A.default.weight")
-        ]
+        self.names = [name.removeprefix(MODULES).removesuffix(A) for name in parameters if name.endswith(A)]
         self.block_of = split_layers(self.names, config.num_blocks)
         self.routes: dict[int, list[list[list[Tensor]]]] = {}  # by block: [B][T][M]
         self.states: dict[int, list[list[list[Tensor]]]] = {}  # by block: one [B][T] list of states [r] a module
 
     def parameter(self, module: str, kind: str) -> Tensor:
-        return self.parameters[f"{MODULES}{module}.{kind}.default.weight"]
+        return self.parameters[f"{MODULES}{module}.{kind}.{self.adapter}.weight"]
 
     @contextmanager
     def on(self, base: nn.Module) -> Iterator[None]:
