@@ -76,7 +76,7 @@ CASES = {
     "trainable_token_indices tied": Case({"trainable_token_indices": [3, 5, 9]}, tied),
     "ensure_weight_tying": Case({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, tied),
     "ensure_weight_tying of the head": Case({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, tied),
-    "lora_bias": Case({"lora_bias": True}, opt, ["q_proj", "fc1"]),
+    "lora_bias": Case({"lora_bias": True, "lora_alpha": 3}, opt, ["q_proj", "fc1"]),
     "qalora_group_size": Case({"qalora_group_size": 4}),
     "megatron_core": Case({"megatron_core": "nowhere"}),
 }
