@@ -248,7 +248,9 @@ class QueryableLoraModel(BaseTuner):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
-        self._sync_requires_grad()
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.queryable_lora_router:
+                self.queryable_lora_router[name].requires_grad_(requires_grad)
 
     def _sync_requires_grad(self) -> None:
         for name, router in self.queryable_lora_router.items():
