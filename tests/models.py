@@ -165,11 +165,11 @@ def learned(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
 
 
 def close_gates(model: nn.Module) -> None:
-    """Put every gate at logit -inf, so that g = 0."""
+    """Put every gate at a logit so low that g = 0 to the bit."""
     for layer in model.modules():
         if isinstance(layer, QueryableLoraLayer):
             for gate in layer.queryable_lora_gate.values():
-                nn.init.constant_(gate.weight, -torch.inf)
+                nn.init.constant_(gate.weight, -1e4)
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

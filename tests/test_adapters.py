@@ -6,7 +6,19 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from models import adapted, alone, assert_one_router, learned, llama, mlp, outputs, randomise, text, token_ids, two_adapters
+from models import (
+    adapted,
+    alone,
+    assert_one_router,
+    learned,
+    llama,
+    mlp,
+    outputs,
+    randomise,
+    text,
+    token_ids,
+    two_adapters,
+)
 from peft import PeftModel, get_peft_model
 from reference import Call, Tokens
 from safetensors.torch import load_file

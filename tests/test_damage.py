@@ -13,7 +13,7 @@ from models import adapted, llama, outputs, randomise, text
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_model import KEYS, TARGETS, reconfigure, rewrite
+from test_saving import KEYS, TARGETS, reconfigure, rewrite
 
 from peft_queryable import QueryableLoraConfig, __version__
 

@@ -83,17 +83,18 @@ def blocks(page: str, language: str) -> list[re.Match]:
     return list(re.finditer(pattern, page, flags=re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/scopes.md", "docs/trl.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/scopes.md", "docs/trl.md", "docs/adapters.md"])
 @pytest.mark.filterwarnings("ignore::UserWarning:trl")
 @pytest.mark.filterwarnings("ignore::FutureWarning:trl")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Adapter french was active which is now deleted:UserWarning")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 def test_code_runs(name, hub, monkeypatch):
     """The Python code of a page runs from top to bottom, on tiny models and data."""
     page = (ROOT / name).read_text()
     for block in blocks(page, "yaml"):
         Path(block["title"]).write_text(block["code"])
-    namespace = {}
+    namespace = {"base_model": llama(pad_token_id=0), "inputs": text()}
     for block in blocks(page, "python"):
         monkeypatch.setattr(sys, "argv", (block["title"] or name).split())
         above = "\n" * page.count("\n", 0, block.start("code"))  # so that tracebacks show the page's lines
