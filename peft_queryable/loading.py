@@ -21,15 +21,15 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], a
     problems.sort(key=lambda problem: ROUTER not in problem)  # the bank first: without it nothing is routed
     if problems:
         raise ValueError(
-            f"The checkpoint does not fit adapter {adapter!r}; {len(problems)} of its tensors are missing, left over or "
-            f"of another shape: {'; '.join(_some(problems))}. Load it with the `adapter_config.json` it was saved with, "
-            "onto the base model it was trained on; if the file is damaged, fetch it again."
+            f"The checkpoint does not fit adapter {adapter!r}; {len(problems)} of its tensors are missing, left over "
+            f"or of another shape: {'; '.join(_some(problems))}. Load it with the `adapter_config.json` it was saved "
+            "with, onto the base model it was trained on; if the file is damaged, fetch it again."
         )
     if broken := [key for key, tensor in found.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"The checkpoint of adapter {adapter!r} has NaN or infinite values in {len(broken)} of its tensors: "
-            f"{', '.join(_some(broken))}. Load one from before the training diverged; if the file is damaged, fetch it "
-            "again."
+            f"{', '.join(_some(broken))}. Load one from before the training diverged; if the file is damaged, fetch "
+            "it again."
         )
 
 

@@ -1,7 +1,5 @@
 """What PEFT has beside PeftModel: reports and helpers that work, and those for LoRA alone, which are refused."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from models import TARGETS, adapted, llama, outputs, randomise, router_of, text, two_adapters
@@ -85,13 +83,3 @@ def test_rescaling(multiplier):
     with rescale_adapter_scale(model, multiplier):
         torch.testing.assert_close(outputs(model, inputs), base + multiplier * (whole - base))
     assert torch.equal(outputs(model, inputs), whole)
-
-
-@pytest.mark.filterwarnings("ignore:Adapter french was active which is now deleted:UserWarning")
-def test_the_code_of_the_docs_runs(base, tmp_path, monkeypatch):
-    """The code of docs/adapters.md runs from its first line to its last, and its assertions hold."""
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text()
-    blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
-    assert len(blocks) >= 4
-    exec("\n".join(blocks), {"base_model": base, "inputs": text()})
