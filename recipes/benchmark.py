@@ -1,0 +1,81 @@
+# /// script
+# dependencies = ["peft_queryable[recipes]"]
+# ///
+"""Time and memory of Queryable LoRA against PEFT's LoRA and its relatives, measured in pairs in one process.
+
+# Everything that docs/speed.md shows of this machine, and the page itself
+python recipes/benchmark.py --write_docs
+
+# Compiled, on a GPU; methods that torch.compile does not take are slow to fail, so name the others
+python recipes/benchmark.py --device cuda --dtype bfloat16 --modes eager compile \
+    --methods base lora sequence prompt causal
+
+# Where the time goes: operators of a decoding step and of a training step, beside plain LoRA's
+python recipes/benchmark.py --profile
+
+# A tiny model and few rounds, to see that it runs
+python recipes/benchmark.py --quick
+
+An interrupted run goes on where it stopped if it is started with the same arguments.
+"""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from benchmark_plan import QUICK, Arguments, sections, setups
+from benchmark_plots import plot_growth, plot_ratios
+from benchmark_profile import write_profiles
+from benchmark_report import report, write_docs
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+
+def main(args: Arguments) -> None:
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch._dynamo.config.recompile_limit = 64  # all methods share the code of the base model
+    if args.profile:
+        write_profiles(setups(args), output)
+        return
+    results = read_results(output / "benchmark.json", settings(args))
+    measurements = sections(args)
+    for name in tqdm(measurements, desc="benchmark"):
+        if name not in results["sections"]:
+            results["sections"][name] = measurements[name]()
+            (output / "benchmark.json").write_text(json.dumps(results, indent=1))
+    text = report(results)
+    (output / "benchmark.md").write_text(text)
+    print(text)
+    figures = [plot_ratios(results, output), plot_growth(results, output)]
+    if args.write_docs:
+        write_docs(text, figures, args.device)
+
+
+def settings(args: Arguments) -> dict:
+    """What the numbers depend on, by which an earlier run is recognised."""
+    chosen = {name: value for name, value in asdict(args).items() if name not in ("output_dir", "write_docs")}
+    machine = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
+    if args.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    return chosen | {"machine": machine, "torch": str(torch.__version__)}
+
+
+def read_results(path: Path, settings: dict) -> dict:
+    """The results of an earlier run with these settings, or empty ones."""
+    if not path.exists():
+        return {"settings": settings, "sections": {}}
+    results = json.loads(path.read_text())
+    if results["settings"] != settings:
+        raise SystemExit(f"{path} was measured with other settings: remove it, or name another --output_dir.")
+    return results
+
+
+if __name__ == "__main__":
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    if arguments.quick:
+        vars(arguments).update(QUICK)
+    main(arguments)

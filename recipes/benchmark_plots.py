@@ -1,0 +1,80 @@
+"""Pictures of what recipes/benchmark.py measured."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws without a display
+import matplotlib.pyplot as plt
+from benchmark_methods import SCOPES
+from benchmark_report import NAMES, WORK_NAMES, quartiles
+
+
+def plot_ratios(results: dict, folder: Path) -> Path:
+    """Ratios to LoRA with their quartiles: a row for each model and mode, a column for each work."""
+    settings, sections = results["settings"], results["sections"]
+    cases = [(model, mode) for model in settings["models"] for mode in settings["modes"]]
+    works, methods = settings["works"], [method for method in settings["methods"] if method != "lora"]
+    figure, grid = plt.subplots(
+        len(cases),
+        len(works),
+        figsize=(3 * len(works), 3 * len(cases)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for (model, mode), line in zip(cases, grid, strict=True):
+        for work, axes in zip(works, line, strict=True):
+            seconds = sections[f"{model}/{mode}/{work}"]["seconds"]
+            for place, method in enumerate(methods):
+                if method in seconds:
+                    low, median, high = quartiles(seconds, method, "lora")
+                    axes.errorbar(median, place, xerr=[[median - low], [high - median]], fmt="o", color="C0")
+            axes.axvline(1, color="grey", linewidth=1)
+            axes.set_title(f"{model}, {mode}\n{WORK_NAMES[work]}", fontsize=9)
+            axes.set_yticks(range(len(methods)), [NAMES[method].replace("`", "") for method in methods])
+        line[0].invert_yaxis()
+    figure.supxlabel("time / LoRA's")
+    return saved(figure, folder / f"times-{settings['device']}.svg")
+
+
+def plot_growth(results: dict, folder: Path) -> Path:
+    """Ratios to LoRA over each size that was swept."""
+    values: dict[str, list[int]] = {name: [] for name in results["settings"]["sweeps"]}
+    for key in results["sections"]:
+        if key.startswith("growth/") and key.endswith("/memory"):
+            values[key.split("/")[1]].append(int(key.split("/")[2]))
+    figure, grid = plt.subplots(
+        len(values),
+        3,
+        figsize=(10, 2.4 * len(values)),
+        sharex="row",
+        sharey="col",
+        squeeze=False,
+        layout="constrained",
+    )
+    for (name, swept), line in zip(values.items(), grid, strict=True):
+        for kind, axes in zip(("prefill", "train", "memory"), line, strict=True):
+            for scope in SCOPES:
+                cells = [results["sections"][f"growth/{name}/{value}/{kind}"] for value in swept]
+                axes.plot(swept, [growth_ratio(cell, scope) for cell in cells], marker="o", label=scope)
+            axes.axhline(1, color="grey", linewidth=1)
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel(name)
+        line[0].set_ylabel("ratio to LoRA")
+    for axes, title in zip(grid[0], ("time of prefill", "time of a training step", "memory of training"), strict=True):
+        axes.set_title(title)
+    grid[0][0].legend()
+    return saved(figure, folder / f"growth-{results['settings']['device']}.svg")
+
+
+def growth_ratio(cell: dict, scope: str) -> float:
+    if "bytes" in cell:
+        return cell["bytes"][scope] / cell["bytes"]["lora"]
+    return quartiles(cell["seconds"], scope, "lora")[1]
+
+
+def saved(figure, path: Path) -> Path:
+    figure.savefig(path)
+    plt.close(figure)
+    return path

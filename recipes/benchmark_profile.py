@@ -1,0 +1,52 @@
+"""Where the time of recipes/benchmark.py goes: operators of a step, those of ours beside plain LoRA's."""
+
+from pathlib import Path
+
+from benchmark_methods import SCOPES, Setup, adapted, base_model
+from benchmark_report import markdown_table
+from benchmark_work import WORKS
+from torch.profiler import ProfilerActivity, profile
+
+STEPS = 5  # of each work, profiled together
+ROWS = 15
+
+
+def write_profiles(setups: list[Setup], folder: Path) -> None:
+    """Print and save a table for each model, work and scope."""
+    for setup in setups:
+        base = base_model(setup)
+        for work in ("decode_1", "train"):
+            lora = operators("lora", base, setup, work)
+            for scope in SCOPES:
+                text = comparison(lora, operators(scope, base, setup, work))
+                title = f"{setup.model}, {work}: milliseconds of {STEPS} runs in {scope} and in LoRA"
+                (folder / f"profile-{setup.model}-{work}-{scope}.md").write_text(f"{title}\n\n{text}\n")
+                print(f"\n{title}\n\n{text}")
+
+
+def operators(method: str, base, setup: Setup, work: str) -> dict[str, tuple[int, float]]:
+    """Number of calls of each operator, and the milliseconds in it alone, on the device it runs on."""
+    run = WORKS[work](adapted(method, base, setup), method, setup, compiled=False)
+    run()  # warm-up
+    on_gpu = setup.device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(STEPS):
+            run()
+    return {
+        event.key: (event.count, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000)
+        for event in profiler.key_averages()
+    }
+
+
+def comparison(lora: dict, ours: dict) -> str:
+    """The operators whose times differ most, and all of them together."""
+    names = sorted(lora | ours, key=lambda name: -abs(ours.get(name, (0, 0))[1] - lora.get(name, (0, 0))[1]))
+    pairs = {name: (lora.get(name, (0, 0.0)), ours.get(name, (0, 0.0))) for name in names}
+    columns = zip(*pairs.values(), strict=True)
+    total = [tuple(map(sum, zip(*column, strict=True))) for column in columns]
+    rows = [
+        [name, f"{b[0]:,}", f"{a[0]:,}", f"{b[1]:.1f}", f"{a[1]:.1f}", f"{b[1] - a[1]:+.1f}"]
+        for name, (a, b) in [*list(pairs.items())[:ROWS], ("all", total)]
+    ]
+    return markdown_table(["operator", "calls", "LoRA's calls", "ms", "LoRA's ms", "difference"], rows)

@@ -1,0 +1,134 @@
+"""recipes/benchmark.py, run on a tiny model: its JSON, tables, pictures and page. No time is judged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+METHODS = ["lora", "causal", "causal+instruction"]
+WORKS = ["prefill", "decode_8", "train_checkpointed"]
+
+
+def run(output, *arguments):
+    command = [sys.executable, "benchmark.py", "--quick", "--threads", "1", "--output_dir", output, *arguments]
+    return subprocess.run([*map(str, command)], cwd=ROOT / "recipes", capture_output=True, text=True)
+
+
+CHOICE = ["--methods", *METHODS, "--works", *WORKS, "--sweeps", "length"]
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    output = tmp_path_factory.mktemp("benchmark")
+    done = run(output, *CHOICE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output, done.stdout, json.loads((output / "benchmark.json").read_text())["sections"]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+
+
+def test_every_section_is_measured(benchmark):
+    _, _, sections = benchmark
+    measured = [f"eager/{work}" for work in WORKS] + [f"memory/{work}" for work in WORKS] + ["sizes"]
+    swept = [f"growth/length/{length}/{kind}" for length in (64, 128) for kind in ("prefill", "train", "memory")]
+    assert list(sections) == [f"tiny/{name}" for name in measured] + swept
+    for work in WORKS:
+        times, memory = sections[f"tiny/eager/{work}"], sections[f"tiny/memory/{work}"]
+        assert times["failed"] == memory["failed"] == {}
+        assert {method: len(seconds) for method, seconds in times["seconds"].items()} == dict.fromkeys(METHODS, 2)
+        assert min(second for seconds in times["seconds"].values() for second in seconds) > 0
+        assert list(memory["bytes"]) == METHODS
+
+
+def test_the_tables_hold_the_figures(benchmark, recipe):
+    from benchmark_report import quartiles
+
+    output, stdout, sections = benchmark
+    text = (output / "benchmark.md").read_text()
+    assert text in stdout
+    for work in WORKS:
+        seconds = sections[f"tiny/eager/{work}"]["seconds"]
+        for method, baseline in (("causal", "lora"), ("causal+instruction", "causal")):
+            low, median, high = quartiles(seconds, method, baseline)
+            assert f"| {median:.3f} ({low:.3f} to {high:.3f}), " in text
+        peaks = sections[f"tiny/memory/{work}"]["bytes"]
+        assert f"| {peaks['causal'] / peaks['lora']:.3f}" in text
+    sizes = sections["tiny/sizes"]
+    for method in METHODS:
+        assert f"| {sizes['trainable'][method]:,} | {sizes['bytes'][method] / 1000:,.0f} |" in text
+    assert f"{sizes['flops']['prefill']['causal'] / sizes['flops']['prefill']['lora']:.3f}" in text
+    for name in ("times-cpu", "growth-cpu"):
+        assert (output / f"{name}.svg").read_text().endswith("</svg>\n")
+
+
+def test_a_run_goes_on_where_it_stopped(benchmark):
+    output, stdout, sections = benchmark
+    results = json.loads((output / "benchmark.json").read_text())
+    del results["sections"]["growth/length/128/prefill"]
+    (output / "benchmark.json").write_text(json.dumps(results))
+    assert run(output, *CHOICE).stdout == stdout  # with the numbers that were there
+    assert json.loads((output / "benchmark.json").read_text())["sections"].keys() == sections.keys()
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(recipe, tmp_path):
+    from benchmark import read_results
+
+    (tmp_path / "benchmark.json").write_text(json.dumps({"settings": {"batch": 2}, "sections": {}}))
+    with pytest.raises(SystemExit, match="was measured with other settings: remove it, or name another --output_dir"):
+        read_results(tmp_path / "benchmark.json", {"batch": 1})
+
+
+def test_methods_share_the_base_models_tensors(recipe):
+    from benchmark_methods import METHODS, Setup, adapted, base_model
+
+    setup = Setup("tiny")
+    base = base_model(setup)
+    owned = {parameter.data_ptr() for parameter in base.parameters()}
+    for method in METHODS:
+        model = adapted(method, base, setup)
+        assert owned <= {parameter.data_ptr() for parameter in model.parameters()}
+        assert all(parameter.any() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_each_round_runs_all_and_errors_are_kept(recipe):
+    from benchmark_work import WARM_UP, paired
+
+    calls = []
+
+    def make(name):
+        def run():
+            calls.append(name)
+            if name == "c":
+                raise ValueError("not c")
+            return len(calls)
+
+        return run
+
+    result = paired({name: lambda name=name: make(name) for name in "abc"}, rounds=8)
+    rounds = [calls[i : i + 2] for i in range(2 * WARM_UP + 1, len(calls), 2)]
+    assert {tuple(order) for order in rounds} == {("a", "b"), ("b", "a")}
+    assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {"a": 8, "b": 8}
+    assert result["failed"] == {"c": "ValueError: not c"}
+
+
+def test_the_page_takes_the_tables_of_each_device(recipe, tmp_path, monkeypatch):
+    import benchmark_report
+
+    page = tmp_path / "speed.md"
+    page.write_text((ROOT / "docs/speed.md").read_text())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "times-cuda.svg").write_text("<svg/>")
+    monkeypatch.setattr(benchmark_report, "DOCS", tmp_path)
+    benchmark_report.write_docs("| a table |\n", [tmp_path / "run" / "times-cuda.svg"], "cuda")
+    benchmark_report.write_docs("| another |\n", [tmp_path / "run" / "times-cuda.svg"], "cuda")
+    before, _, after = page.read_text().partition("| another |\n\n![times-cuda](times-cuda.svg)\n")
+    assert "## On CUDA" in before
+    assert "## Where the time goes" in after
+    assert "| a table |" not in before + after
+    assert (tmp_path / "times-cuda.svg").read_text() == "<svg/>"
