@@ -59,7 +59,8 @@ Where B A does not start with B = 0 (`orthogonal`, `olora`, `pissa`) the atoms s
 own LoRA, load onto the base model that the adapter was made for, in the same dtype; `disable_adapter` and `unload`
 give the base model less that part, which is no reference for DPO. Unlike PEFT's LoRA, such an adapter is refused
 beside any other, which would find its base weights changed, and with `low_cpu_mem_usage=True`, where nothing can be
-decomposed. After an attempt that was refused half-way, load the base model again. `path_initial_model_for_weight_conversion` is refused: no plain LoRA is equal to a routed update.
+decomposed. After an attempt that was refused half-way, load the base model again.
+`path_initial_model_for_weight_conversion` is refused: no plain LoRA is equal to a routed update.
 """
 
 
