@@ -204,11 +204,11 @@ def test_every_parameter_that_routes_gets_a_gradient(num_means, with_instruction
 @pytest.mark.parametrize(
     ("query_terms", "instruction_dim", "expected"),
     [
-        (("state", "depth", "instruction"), CONTEXT, {"state", "depth", *INSTRUCTION}),
-        (("state", "depth", "instruction"), None, {"state", "depth"}),
-        (("state",), CONTEXT, {"state", "instruction", "instruction_prior"}),
-        (("depth",), None, {"depth"}),
-        ((), None, set()),
+        (("state", "depth", "instruction"), CONTEXT, ("state", "depth", *sorted(INSTRUCTION))),
+        (("state", "depth", "instruction"), None, ("state", "depth")),
+        (("state",), CONTEXT, ("state", "instruction", "instruction_prior")),
+        (("depth",), None, ("depth",)),
+        ((), None, ()),
     ],
     ids=str,
 )
