@@ -23,8 +23,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## LoRA and queryable LoRA on SmolLM2-135M: one table at the end
 	$(BIN)/python recipes/sft.py
 
-test: $(INSTALLED)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## the tests, without the slow ones, a file to a core
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-all: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest -m 'slow or not slow'
