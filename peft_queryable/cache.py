@@ -30,6 +30,7 @@ class RoutingState:
         routes: of each block, in the scopes whose routes stay as the prefill made them.
         prefill_length: the shortest length that `routes` are still right for; a tensor of no dimension where it takes
             data to tell.
+        gates: gates g that steps have read, by the identity of their logits.
         rows: [B] bool, the rows that the adapter serves in a batch of several adapters, the others being zero in
             `sums` and `routes`; None where it serves all.
     """
@@ -39,6 +40,7 @@ class RoutingState:
     sums: dict[str, Tensor] = field(default_factory=dict)
     routes: dict[int, Any] = field(default_factory=dict)
     prefill_length: int | Tensor = 0
+    gates: dict[int, float] = field(default_factory=dict)
     rows: Tensor | None = None
 
     def extended(self, length: int, sums: dict[str, Tensor], is_croppable: bool) -> RoutingState:
@@ -51,7 +53,7 @@ class RoutingState:
             sums = {name: new[:, -1:] for name, new in sums.items()}
         elif self.sums:
             sums = {name: torch.cat([self.sums[name], new], dim=1) for name, new in sums.items()}
-        return RoutingState(self.router, self.length + length, sums, self.routes, self.prefill_length)
+        return replace(self, length=self.length + length, sums=sums)
 
     def map_rows(self, function) -> None:
         """Replace every tensor by `function` of it, which acts on the batch dimension."""

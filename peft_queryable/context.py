@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,30 +41,29 @@ class SequenceRoute:
     Args:
         weights: over the atoms, [B, 1, M].
         operator: their mixture S, [B, r, r].
-        gated: (g S)^T by the identity of the gate, filled where the route serves many calls; None where it does not.
+        gates: g by the identity of its logit, filled as they are read: in the steps of a cache, which as a whole is of
+            the weights that filled it. None elsewhere.
     """
 
     weights: Tensor
     operator: Tensor
-    gated: dict[int, Tensor] | None = None
+    gates: dict[int, float] | None = None
 
     def apply(self, states: Tensor, gate: Tensor) -> Tensor:
         """t = s + g S s (Eq. 94) of `states` [B, T, r] under gate logit `gate` [1]: [B, T, r], as `states`."""
-        if self.gated is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.baddbmm(states, states, self._gated(states, gate))
-        if id(gate) not in self.gated:
-            self.gated[id(gate)] = self._gated(states, gate)
-        return torch.baddbmm(states, states, self.gated[id(gate)])
-
-    def _gated(self, states: Tensor, gate: Tensor) -> Tensor:
-        return (gate.sigmoid().to(self.operator) * self.operator).to(states).transpose(1, 2)
+        operator = self.operator.to(states).transpose(1, 2)
+        if self.gates is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.baddbmm(states, states, gate.sigmoid().to(states) * operator)
+        if id(gate) not in self.gates:
+            self.gates[id(gate)] = gate.sigmoid().item()
+        return torch.baddbmm(states, states, operator, alpha=self.gates[id(gate)])
 
     def fixed(self) -> SequenceRoute:
         """The route as later calls find it on their cache."""
-        return SequenceRoute(self.weights, self.operator, gated={})
+        return self
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SequenceRoute:
-        return SequenceRoute(function(self.weights), function(self.operator), gated=None if self.gated is None else {})
+        return replace(self, weights=function(self.weights), operator=function(self.operator))
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class TokenRoute:
 
     def fixed(self) -> SequenceRoute:
         weights = self.weights[:, -1:]
-        return SequenceRoute(weights, self.router.operator(weights), gated={})
+        return SequenceRoute(weights, self.router.operator(weights))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenRoute:
         return TokenRoute(self.router, function(self.weights))
@@ -168,7 +167,7 @@ class Routing:
     def make_route(self, block: int, entry_states: Callable[[], Tensor]) -> tuple[Route, Tensor | None]:
         """The route of `block` and the mean of the block before it; changes nothing that a replay reads."""
         if self.past.routes:  # the prefill fixed it
-            return self.past.routes[block], None
+            return replace(self.past.routes[block], gates=self.past.gates), None
         router = self.plan.router
         mean = self._block_mean(block - 1) if block > 0 and self.states[block - 1] else None
         state = self._pooled(f"entry.{block}", entry_states())
@@ -176,7 +175,9 @@ class Routing:
         device = router.keys.weight.device
         weights = router(self.plan.first_block + block, state.to(device), [m.to(device) for m in means], self.lookup)
         if weights.shape[1] == 1:
-            return SequenceRoute(weights, router.operator(weights)), mean
+            return SequenceRoute(
+                weights, router.operator(weights), self.past.gates if self.past.length else None
+            ), mean
         return TokenRoute(router, weights), mean
 
     def _block_mean(self, block: int) -> Tensor:
