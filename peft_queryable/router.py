@@ -196,8 +196,7 @@ class Router(nn.Module):
 
         Returns [B, T, r] in the dtype of `states`.
         """
-        with torch.autocast(states.device.type, enabled=False):
-            return _Mix.apply(weights.to(states), states, self.atoms.weight.to(states))
+        return _Mix.apply(weights.to(states), states, self.atoms.weight.to(states))
 
     def _query(self, block: int, state: Tensor, means: list[Tensor], lookup: Lookup) -> Tensor:
         query = self.prior.weight[block].to(state).expand(*state.shape[:-1], -1)  # Eq. 2, term by term

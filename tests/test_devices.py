@@ -45,7 +45,9 @@ def test_split_layers(scope, tokens, first):
     model = adapted(llama(attn_implementation="eager"), **config)
     causal_lm = model.get_base_model()
     front, back = DEVICES[first], DEVICES[1 - first]
-    packed = {"input_ids": token_ids(1, 5), "position_ids": torch.tensor([[0, 1, 0, 1, 2]])}
+    # seq_idx, because fakes do not tell whether positions restart
+    positions, sequences = torch.tensor([[0, 1, 0, 1, 2]]), torch.tensor([[0, 0, 1, 1, 1]])
+    packed = {"input_ids": token_ids(1, 5), "position_ids": positions, "seq_idx": sequences}
     inputs = text() if tokens == "padded" else packed
     labels = inputs["input_ids"].clone()
     labels[:, :2] = -100
