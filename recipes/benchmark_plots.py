@@ -27,7 +27,7 @@ def plot_ratios(results: dict, folder: Path) -> Path:
         for work, axes in zip(works, line, strict=True):
             seconds = sections[f"{model}/{mode}/{work}"]["seconds"]
             for place, method in enumerate(methods):
-                if method in seconds:
+                if {method, "lora"} <= seconds.keys():
                     low, median, high = quartiles(seconds, method, "lora")
                     axes.errorbar(median, place, xerr=[[median - low], [high - median]], fmt="o", color="C0")
             axes.axvline(1, color="grey", linewidth=1)

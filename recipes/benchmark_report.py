@@ -48,14 +48,18 @@ def judged(ratio: float, target: float | None, spread: str = "") -> str:
 
 
 def time_cell(times: dict, method: str, baseline: str, target: float | None) -> str:
-    if method in times["failed"] or method not in times["seconds"]:
-        return FAILED if method in times["failed"] else ""
+    if {method, baseline} & times["failed"].keys():
+        return FAILED
+    if method not in times["seconds"]:
+        return ""
     low, median, high = quartiles(times["seconds"], method, baseline)
     return judged(median, target, f" ({low:.3f} to {high:.3f})")
 
 
 def absolute(work: str, times: dict) -> str:
     """What the ratios are to, for whoever wants to compare machines."""
+    if "lora" in times["failed"]:
+        return FAILED
     seconds = statistics.median(times["seconds"]["lora"])
     batch = work.removeprefix("decode_")
     return f"{int(batch) / seconds:.1f} tokens/s" if batch != work else f"{seconds * 1000:.0f} ms"
