@@ -115,7 +115,7 @@ def saved(scope: str | None) -> Counter[int]:
     return Counter(t.untyped_storage().nbytes() // t.itemsize for t in storages.values())
 
 
-@pytest.mark.parametrize("scope", ["sequence", "prompt"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_no_scaled_states_are_saved(scope):
     """Of the size of all atoms' states, M r numbers a token, a step keeps no more tensors than plain LoRA's."""
     added = saved(scope) - saved(None)
