@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ class QueryableLoraLayer(LoraLayer):
                 f"Adapter {adapter_name!r} was made with `init_lora_weights={config.init_lora_weights!r}`, which "
                 "decomposes the base weights again. Load it with `low_cpu_mem_usage=False`."
             )
-        nn.init.constant_(gate.weight, torch.logit(torch.tensor(config.init_gate, dtype=torch.float64)).item())
+        nn.init.constant_(gate.weight, math.log(config.init_gate / (1 - config.init_gate)))
         self.queryable_lora_gate[adapter_name] = gate
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 

@@ -93,6 +93,13 @@ def test_size_on_qwen(instruction_dim, total):
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
+def test_an_adapter_is_made_without_weights():
+    """Under `torch.device("meta")`, as plain LoRA is."""
+    with torch.device("meta"):
+        model = adapted(llama(), target_modules=["q_proj"])
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_router_serves_all(name):
     """Whatever the architecture and its stacks, one router serves every adapted module."""
