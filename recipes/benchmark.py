@@ -10,7 +10,7 @@ python recipes/benchmark.py --write_docs
 python recipes/benchmark.py --device cuda --dtype bfloat16 --modes eager compile \
     --methods base lora sequence prompt causal
 
-# Where the time goes: operators of a decoding step and of a training step, beside plain LoRA's
+# Where the time goes: operators of `generate` and of a training step, beside plain LoRA's
 python recipes/benchmark.py --profile
 
 # A tiny model and few rounds, to see that it runs
