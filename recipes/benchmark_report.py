@@ -101,7 +101,8 @@ def size_table(sections: dict, model: str, methods: list[str], works: list[str])
     rows = []
     for method in methods:
         is_ours = method in (*SCOPES, *INSTRUCTED)
-        row = [NAMES[method], f"{sizes['trainable'][method]:,}", f"{sizes['bytes'].get(method, 0) / 1000:,.0f}"]
+        on_disk = f"{sizes['bytes'][method] / 1000:,.0f}" if method in sizes["bytes"] else ""
+        row = [NAMES[method], f"{sizes['trainable'][method]:,}", on_disk]
         row.append(time_cell(sizes, method, "lora", None))
         for flops in sizes["flops"].values():
             row.append(ratio_cell(flops, method, ARITHMETIC_TARGET if is_ours else None))

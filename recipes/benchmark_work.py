@@ -148,7 +148,7 @@ def load_times(models: dict[str, nn.Module], base: nn.Module, setup: Setup, roun
     with TemporaryDirectory() as folder:
         runs = {}
         for method, model in models.items():
-            if method != "base":
+            if method not in ("base", "xlora"):  # whose folder holds base weights, too
                 model.save_pretrained(f"{folder}/{method}")
                 runs[method] = partial(loading, base, f"{folder}/{method}", setup)
         sizes = {m: sum(f.stat().st_size for f in Path(folder, m).rglob("*.safetensors")) for m in runs}
