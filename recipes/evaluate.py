@@ -28,15 +28,19 @@ import peft_queryable  # noqa: F401  registers the method with PEFT
 
 
 @dataclass
-class HeldOutArguments:
-    test_file: str | None = field(
-        default=None, metadata={"help": "JSON lines in TRL's prompt/completion or messages form."}
-    )
+class ScoreArguments:
     test_batch_size: int = field(default=20, metadata={"help": "Held-out examples in a batch."})
     max_new_tokens: int = field(default=24, metadata={"help": "Length at which an answer is cut off."})
     answer_pattern: str | None = field(
         default=None,
         metadata={"help": "Regular expression whose last match is the answer in a text; none: the whole text."},
+    )
+
+
+@dataclass
+class HeldOutArguments(ScoreArguments):
+    test_file: str | None = field(
+        default=None, metadata={"help": "JSON lines in TRL's prompt/completion or messages form."}
     )
 
 
@@ -47,25 +51,28 @@ class EvaluationArguments(HeldOutArguments):
 
 
 def main(args, model_args):
-    model, tokenizer = load(args, model_args)
-    examples = [encode(example, tokenizer) for example in load_dataset("json", data_files=args.test_file)["train"]]
-    examples.sort(key=lambda example: len(example["input_ids"]))  # little padding
-    batches = [examples[i : i + args.test_batch_size] for i in range(0, len(examples), args.test_batch_size)]
-
-    loss, tokens, correct = 0.0, 0, 0
-    for batch in tqdm(batches, desc=f"evaluating {args.adapter or 'the base model'}"):
-        batch_loss, batch_tokens = completion_loss(model, tokenizer, batch)
-        loss, tokens = loss + batch_loss, tokens + batch_tokens
-        for example, text in zip(batch, generate(model, tokenizer, batch, args.max_new_tokens), strict=True):
-            correct += answer(text, args.answer_pattern) == answer(example["completion"], args.answer_pattern)
-
-    results = {"held_out_loss": loss / tokens, "exact_match": correct / len(examples)}
-    print(results)
+    model, tokenizer = load(args.adapter, model_args)
+    examples = load_dataset("json", data_files=args.test_file)["train"]
+    results = score(model, tokenizer, examples, args)
+    print(f"{args.adapter or 'the base model'}: {results}")
     if args.output_file is not None:
         Path(args.output_file).write_text(json.dumps(results))
 
 
-def load(args, model_args):
+def score(model, tokenizer, examples, args) -> dict[str, float]:
+    """Loss of a completion token, and the share of greedy answers that are the completions."""
+    examples = sorted((encode(example, tokenizer) for example in examples), key=lambda e: len(e["input_ids"]))
+    batches = [examples[i : i + args.test_batch_size] for i in range(0, len(examples), args.test_batch_size)]
+    loss, tokens, correct = 0.0, 0, 0
+    for batch in tqdm(batches, desc="evaluating"):
+        batch_loss, batch_tokens = completion_loss(model, tokenizer, batch)
+        loss, tokens = loss + batch_loss, tokens + batch_tokens
+        for example, text in zip(batch, generate(model, tokenizer, batch, args.max_new_tokens), strict=True):
+            correct += answer(text, args.answer_pattern) == answer(example["completion"], args.answer_pattern)
+    return {"held_out_loss": loss / tokens, "exact_match": correct / len(examples)}
+
+
+def load(adapter, model_args):
     name, revision = model_args.model_name_or_path, model_args.model_revision
     model = AutoModelForCausalLM.from_pretrained(
         name,
@@ -75,8 +82,8 @@ def load(args, model_args):
         quantization_config=get_quantization_config(model_args),
         device_map={"": PartialState().device},
     )
-    if args.adapter is not None:
-        model = PeftModel.from_pretrained(model, args.adapter)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.eval(), tokenizer

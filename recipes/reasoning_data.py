@@ -6,6 +6,7 @@ pip install --no-deps reasoning-gym==0.1.25
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from itertools import islice
 from types import ModuleType
 
@@ -24,13 +25,13 @@ FAMILIES = {
 }
 
 
-def load_families():
-    """The dataset factory, with our families registered.
+def load_families(families: Iterable[str]):
+    """The dataset factory, with these families registered.
 
     `import reasoning_gym` imports a hundred families and a dozen packages, one of which compiles C.
     Empty packages in its place let each family be imported alone.
     """
-    subpackages = sorted({f"reasoning_gym.{family.split('.')[0]}" for family in FAMILIES})
+    subpackages = sorted({f"reasoning_gym.{family.split('.')[0]}" for family in families})
     for package in ("reasoning_gym", *subpackages):
         if package in sys.modules:
             continue
@@ -42,14 +43,14 @@ def load_families():
             )
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__path__ = list(spec.submodule_search_locations)
-    for family in FAMILIES:
+    for family in families:
         importlib.import_module(f"reasoning_gym.{family}")
     return importlib.import_module("reasoning_gym.factory").create_dataset
 
 
 def reasoning_data(train_size: int = TRAIN_SIZE, test_size: int = TEST_SIZE) -> tuple[Dataset, Dataset]:
     """Train and held-out examples, as many of each family, no question twice: held-out ones come first."""
-    create_dataset = load_families()
+    create_dataset = load_families(FAMILIES)
     train, test = [], []
     for family, settings in FAMILIES.items():
         stream = create_dataset(family.split(".")[1], seed=SEED, size=sys.maxsize, **settings)

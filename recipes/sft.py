@@ -20,28 +20,19 @@ The difference from fine-tuning with plain LoRA is `QueryableLoraConfig` in plac
 The folder of each method then holds its adapter, and evaluate.yaml to evaluate it again.
 """
 
-import copy
 import json
-import statistics
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 from datasets import load_dataset
-from peft import LoraConfig
+from finetune import finetune, make_trainer
 from reasoning_data import reasoning_data
-from sft_arguments import parse
+from sft_arguments import adapter_configs, parse
 from sft_report import plot_curves, table
 from smollm2 import smollm2_folder
-from transformers import TrainerCallback
-from trl import SFTTrainer, get_quantization_config
-
-from peft_queryable import QueryableLoraConfig, model_card
-
-WARM_UP_STEPS = 3  # not timed: memory is still being allocated
 
 
 def main(script_args, test_args, training_args, model_args, queryable_args):
@@ -57,7 +48,7 @@ def main(script_args, test_args, training_args, model_args, queryable_args):
     configs = adapter_configs(model_args, queryable_args)
     for method in script_args.methods:
         folder = output / method
-        trained = finetune(folder, configs[method], train_dataset, training_args, model_args)
+        trained = finetune(make_trainer(folder, configs[method], train_dataset, training_args, model_args))
         results[method] = trained | evaluate(folder, folder, test_args, model_args)
 
     (output / "results.json").write_text(json.dumps(results, indent=2))
@@ -77,68 +68,6 @@ def load_data(script_args, test_args):
         return reasoning_data()
     train = load_dataset(**source, split=splits[0], streaming=script_args.dataset_streaming)
     return train, load_dataset(**source, split=splits[1])
-
-
-def adapter_configs(model_args, queryable_args):
-    shared = {
-        "r": model_args.lora_r,
-        "lora_alpha": model_args.lora_alpha,
-        "lora_dropout": model_args.lora_dropout,
-        "target_modules": model_args.lora_target_modules,
-        "modules_to_save": model_args.lora_modules_to_save,
-        "use_rslora": model_args.use_rslora,
-        "task_type": model_args.lora_task_type,
-    }
-    own = {name.removeprefix("queryable_"): value for name, value in asdict(queryable_args).items()}
-    return {"lora": LoraConfig(**shared), "queryable": QueryableLoraConfig(**shared, **own)}
-
-
-def finetune(folder, config, train_dataset, training_args, model_args):
-    args = copy.deepcopy(training_args)
-    args.output_dir = str(folder)
-    args.run_name = folder.name if args.run_name is None else f"{args.run_name}-{folder.name}"
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
-    timer = StepTimer()
-    trainer = SFTTrainer(
-        model=model_args.model_name_or_path,
-        args=args,
-        train_dataset=train_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=config,
-        callbacks=[timer],
-    )
-    trainer.train()
-    trainer.save_model()
-    if isinstance(config, QueryableLoraConfig):  # after TRL's own card, which loads the adapter without the method
-        card = model_card(folder)
-        card.save(folder / "README.md")
-        if args.push_to_hub:
-            card.push_to_hub(trainer.hub_model_id, token=args.hub_token)
-    if "wandb" in args.report_to:  # the Trainer leaves its run open, and the next method would go on in it
-        import wandb
-
-        wandb.finish()
-    return {
-        "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
-        "seconds_a_step": statistics.median(timer.seconds[WARM_UP_STEPS:] or timer.seconds),
-        "losses": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
-    }
-
-
-class StepTimer(TrainerCallback):
-    def __init__(self):
-        self.seconds = []
-
-    def on_step_begin(self, *args, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *args, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
 
 
 def evaluate(folder, adapter, test_args, model_args):

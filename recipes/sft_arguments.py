@@ -1,8 +1,9 @@
 """Command line of recipes/sft.py: TRL's arguments, the recipe's defaults, and `--queryable_*`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from evaluate import HeldOutArguments
+from peft import LoraConfig
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from peft_queryable import QueryableLoraConfig
@@ -56,11 +57,30 @@ class QueryableArguments:
 
 
 def parse():
-    parser = TrlParser((SftArguments, HeldOutArguments, SFTConfig, ModelConfig, QueryableArguments))
-    parser.set_defaults_with_config(**DEFAULTS)
+    return parse_recipe((SftArguments, HeldOutArguments, SFTConfig, ModelConfig, QueryableArguments), DEFAULTS)
+
+
+def parse_recipe(groups, defaults):
+    """The command line as one object for each of `groups`, the fourth of which is a ModelConfig."""
+    parser = TrlParser(groups)
+    parser.set_defaults_with_config(**defaults)
     arguments = parser.parse_args_and_config()
     model_args = arguments[3]
     for name in ("use_dora", "lora_target_parameters"):
         if getattr(model_args, name):
             parser.error(f"--{name} has no counterpart in Queryable LoRA: the methods could not be compared")
     return arguments
+
+
+def adapter_configs(model_args, queryable_args):
+    shared = {
+        "r": model_args.lora_r,
+        "lora_alpha": model_args.lora_alpha,
+        "lora_dropout": model_args.lora_dropout,
+        "target_modules": model_args.lora_target_modules,
+        "modules_to_save": model_args.lora_modules_to_save,
+        "use_rslora": model_args.use_rslora,
+        "task_type": model_args.lora_task_type,
+    }
+    own = {name.removeprefix("queryable_"): value for name, value in asdict(queryable_args).items()}
+    return {"lora": LoraConfig(**shared), "queryable": QueryableLoraConfig(**shared, **own)}

@@ -21,9 +21,14 @@ def table(results: dict) -> str:
                 "" if seconds is None else f"{seconds:.2f}",
             ]
         )
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table that reads well as text, too; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # SFTConfig sets it
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning"),
 ]
+needs_reasoning_gym = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"
+)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -170,7 +175,9 @@ def test_both_methods_see_the_same_batches(recipe, model_folder, data_files, tmp
     train_dataset, _ = sft.load_data(script_args, test_args)
     configs = sft.adapter_configs(model_args, queryable_args)
     losses = {
-        method: sft.finetune(tmp_path / method, config, train_dataset, training_args, model_args)["losses"]
+        method: sft.finetune(sft.make_trainer(tmp_path / method, config, train_dataset, training_args, model_args))[
+            "losses"
+        ]
         for method, config in configs.items()
     }
     assert len(losses["lora"]) == 5
@@ -195,7 +202,7 @@ def test_what_queryable_lora_lacks_is_refused(recipe, capsys):
     assert "--use_dora has no counterpart" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
+@needs_reasoning_gym
 def test_default_data_is_fixed_and_held_out_questions_are_new(recipe):
     reasoning_data = recipe("reasoning_data").reasoning_data
     train, test = reasoning_data()
@@ -205,6 +212,72 @@ def test_default_data_is_fixed_and_held_out_questions_are_new(recipe):
     assert not questions[0] & questions[1]
     assert set(train["family"]) == set(test["family"])
     assert [row for row in train if row["family"] == again[0]["family"]][:10] == list(again)[:10]
+
+
+@pytest.fixture(scope="module")
+def instructed(model_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("instructed")
+    settings = ["--train_size", 320, "--test_size", 40, "--max_steps", 40, "--learning_rate", 1e-2]
+    names = ["--model_name_or_path", model_folder, "--output_dir", output, "--report_to", "none"]
+    stdout = run("instruction_sft.py", *names, *settings, "--max_new_tokens", 3)
+    return output, stdout, json.loads((output / "results.json").read_text())["held_out"]
+
+
+@needs_reasoning_gym
+def test_the_instruction_alone_names_the_task(instructed):
+    """A model that was trained with instructions is worse with another task's, and with none."""
+    _, _, held_out = instructed
+    losses = {kind: sum(task["held_out_loss"] for task in results.values()) / 4 for kind, results in held_out.items()}
+    assert list(losses) == ["right", "none", "generic", "paraphrase", "shuffled", "adversarial", "random"]
+    assert losses["right"] < losses["none"]
+    assert losses["right"] + 0.1 < losses["shuffled"]
+
+
+@needs_reasoning_gym
+def test_routes_follow_the_instruction(instructed):
+    """Mean routes [blocks, atoms] of a task are those of the instruction it is given, whatever the numbers."""
+    output, stdout, held_out = instructed
+    routes = {kind: torch.tensor([task["routes"] for task in results.values()]) for kind, results in held_out.items()}
+    right, shuffled = routes["right"], routes["shuffled"]  # [tasks, blocks, atoms]
+    assert right.shape == (4, 4, 16)
+    torch.testing.assert_close(right.sum(-1), torch.ones(4, 4))
+    assert (right - shuffled).abs().max() > 0.05
+    torch.testing.assert_close(right.roll(-1, dims=0), shuffled, atol=0.05, rtol=0)
+    assert (output / "routes.svg").stat().st_size > 0
+    assert (output / "results.md").read_text() in stdout
+
+
+def test_instruction_config_file(recipe):
+    arguments = recipe("instruction_sft", "--config", RECIPES / "instruction_sft.yaml", "--bf16", "false").parse()
+    settings = yaml.safe_load((RECIPES / "instruction_sft.yaml").read_text()) | {"bf16": False}
+    parsed = {}
+    for group in arguments:
+        parsed |= vars(group)
+    assert {name: parsed[name] for name in settings} == settings
+
+
+@needs_reasoning_gym
+def test_no_question_names_its_task(recipe):
+    """Questions are two numbers each, so that tasks look alike; held-out ones are new."""
+    train, test = recipe("instruction_data").instruction_data(train_size=80, test_size=40)
+    seen = [{(row["task"], row["prompt"][1]["content"]) for row in split} for split in (train, test)]
+    assert all(re.fullmatch(r"\d\d, \d\d", question) for _, question in seen[0] | seen[1])
+    assert not seen[0] & seen[1]
+    assert len(seen[0]) == 80 and len(seen[1]) == 40
+
+
+@needs_reasoning_gym
+def test_answers_are_those_of_the_instruction(recipe):
+    train, _ = recipe("instruction_data").instruction_data(train_size=80, test_size=4)
+    answers = {
+        "sum": lambda a, b: f"{a + b}",
+        "difference": lambda a, b: f"{a - b}",
+        "divisor": lambda a, b: f"{math.gcd(a, b)}",
+        "order": lambda a, b: f"{max(a, b)}, {min(a, b)}",
+    }
+    for row in train:
+        numbers = map(int, row["prompt"][1]["content"].split(", "))
+        assert row["completion"][0]["content"] == answers[row["task"]](*numbers)
 
 
 @pytest.mark.slow

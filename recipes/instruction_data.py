@@ -1,0 +1,126 @@
+"""Four tasks of reasoning-gym on two numbers each: what to do with them is in the instruction alone.
+
+The families' own questions name the task. Here a question is its two numbers, "47, 12", whatever the family, so that
+an answer better than a guess among the tasks has to come from the instruction.
+
+pip install --no-deps reasoning-gym==0.1.25
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from datasets import Dataset
+from reasoning_data import SEED, SYSTEM, load_families
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """A family with settings, the questions of it that are kept, and four texts; training sees the first one only."""
+
+    family: str
+    settings: dict
+    kept: str  # a word of the family's question
+    instruction: str
+    paraphrase: str
+    adversarial: str  # nearly the words of the instruction, for another task
+
+
+TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
+TASKS = {
+    "sum": Task(
+        "arithmetic.chain_sum",
+        TWO_DIGITS,
+        " + ",
+        "Add up the two numbers.",
+        "What do they make together?",
+        "Do not add up the two numbers, repeat them.",
+    ),
+    "difference": Task(
+        "arithmetic.chain_sum",
+        TWO_DIGITS,
+        " - ",
+        "Subtract the second number from the first.",
+        "By how much does the first exceed the second?",
+        "Subtract the first number from the second.",
+    ),
+    "divisor": Task(
+        "arithmetic.gcd",
+        {"min_value": 10, "max_value": 99},
+        "",
+        "Find the greatest common divisor.",
+        "Which is the largest integer that divides both evenly?",
+        "Find the least common multiple.",
+    ),
+    "order": Task(
+        "algorithmic.number_sorting",
+        {"min_numbers": 2, "max_numbers": 2, "max_decimals": 0, "min_value": 10, "max_value": 99},
+        "descending",
+        "Sort the numbers from the largest to the smallest.",
+        "Put them in descending order.",
+        "Sort the numbers from the smallest to the largest.",
+    ),
+}
+
+
+GENERIC = "Solve the task."
+
+
+def instruction_data(train_size: int, test_size: int, in_prompt: bool = False) -> tuple[Dataset, Dataset]:
+    """Train and held-out examples, as many of each task, none twice in a task: held-out ones come first.
+
+    With `in_prompt`, a question begins with its instruction.
+    """
+    create_dataset = load_families({task.family for task in TASKS.values()})
+    train, test = [], []
+    for name, task in TASKS.items():
+        stream = create_dataset(task.family.split(".")[1], seed=SEED, size=sys.maxsize, **task.settings)
+        examples = distinct_examples(stream, name, task, in_prompt)
+        test += islice(examples, test_size // len(TASKS))
+        train += islice(examples, train_size // len(TASKS))
+    return Dataset.from_list(train), Dataset.from_list(test)
+
+
+def distinct_examples(stream, name: str, task: Task, in_prompt: bool):
+    seen = set()
+    for entry in map(stream.__getitem__, range(len(stream))):
+        first_line = entry["question"].splitlines()[0]
+        question = numbers(first_line)
+        if task.kept in first_line and question not in seen:
+            seen.add(question)
+            content = f"{task.instruction} {question}" if in_prompt else question
+            yield {
+                "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
+                "completion": [{"role": "assistant", "content": numbers(entry["answer"])}],
+                "instruction": task.instruction,
+                "task": name,
+            }
+
+
+def instructions_by_kind(encoder) -> dict[str, dict[str, str | Tensor | None]]:
+    """By kind (the paper's Table 8, and a paraphrase), what each task is given when it is tested."""
+    right = {name: task.instruction for name, task in TASKS.items()}
+    others = [*list(right.values())[1:], *list(right.values())[:1]]  # each task gets the next one's
+    return {
+        "right": right,
+        "none": dict.fromkeys(TASKS),
+        "generic": dict.fromkeys(TASKS, GENERIC),
+        "paraphrase": {name: task.paraphrase for name, task in TASKS.items()},
+        "shuffled": dict(zip(TASKS, others, strict=True)),
+        "adversarial": {name: task.adversarial for name, task in TASKS.items()},
+        "random": {name: random_like(encoder([text]), seed) for seed, (name, text) in enumerate(right.items())},
+    }
+
+
+def random_like(embedding: Tensor, seed: int) -> Tensor:
+    """A random embedding of the norm of `embedding`."""
+    direction = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(seed))
+    return direction * embedding.norm() / direction.norm()
+
+
+def numbers(text: str) -> str:
+    """The numbers in `text`, which are whole ones, in one way of writing."""
+    return ", ".join(str(int(float(number))) for number in re.findall(r"-?\d[\d.]*", text))
