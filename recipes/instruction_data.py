@@ -67,6 +67,7 @@ TASKS = {
 
 
 GENERIC = "Solve the task."
+RANDOM_EMBEDDINGS = 5  # for each task
 
 
 def instruction_data(train_size: int, test_size: int, in_prompt: bool = False) -> tuple[Dataset, Dataset]:
@@ -100,25 +101,30 @@ def distinct_examples(stream, name: str, task: Task, in_prompt: bool):
             }
 
 
-def instructions_by_kind(encoder) -> dict[str, dict[str, str | Tensor | None]]:
-    """By kind (the paper's Table 8, and a paraphrase), what each task is given when it is tested."""
+def instructions_by_kind(encoder) -> dict[str, dict[str, list[str | Tensor | None]]]:
+    """By kind (the paper's Table 8, and a paraphrase), what each task is given when it is tested.
+
+    It is a list of one, but of several random embeddings, each for a part of the task's examples: a single one can be
+    right by luck.
+    """
     right = {name: task.instruction for name, task in TASKS.items()}
     others = [*list(right.values())[1:], *list(right.values())[:1]]  # each task gets the next one's
+    generator = torch.Generator().manual_seed(SEED)
     return {
-        "right": right,
-        "none": dict.fromkeys(TASKS),
-        "generic": dict.fromkeys(TASKS, GENERIC),
-        "paraphrase": {name: task.paraphrase for name, task in TASKS.items()},
-        "shuffled": dict(zip(TASKS, others, strict=True)),
-        "adversarial": {name: task.adversarial for name, task in TASKS.items()},
-        "random": {name: random_like(encoder([text]), seed) for seed, (name, text) in enumerate(right.items())},
+        "right": {name: [text] for name, text in right.items()},
+        "none": {name: [None] for name in TASKS},
+        "generic": {name: [GENERIC] for name in TASKS},
+        "paraphrase": {name: [task.paraphrase] for name, task in TASKS.items()},
+        "shuffled": {name: [text] for name, text in zip(TASKS, others, strict=True)},
+        "adversarial": {name: [task.adversarial] for name, task in TASKS.items()},
+        "random": {name: random_like(encoder([text]), generator) for name, text in right.items()},
     }
 
 
-def random_like(embedding: Tensor, seed: int) -> Tensor:
-    """A random embedding of the norm of `embedding`."""
-    direction = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(seed))
-    return direction * embedding.norm() / direction.norm()
+def random_like(embedding: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Random embeddings [1, d_c] of the norm of `embedding` [1, d_c]."""
+    directions = torch.randn(RANDOM_EMBEDDINGS, *embedding.shape, generator=generator)
+    return [direction * embedding.norm() / direction.norm() for direction in directions]
 
 
 def numbers(text: str) -> str:

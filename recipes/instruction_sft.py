@@ -24,6 +24,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from evaluate import ScoreArguments, load, score
 from finetune import finetune, make_trainer
@@ -39,7 +40,7 @@ from peft_queryable import InstructionCollator, instructions
 @dataclass
 class DataArguments:
     train_size: int = field(default=1200, metadata={"help": "Training examples, of all tasks together."})
-    test_size: int = field(default=200, metadata={"help": "Held-out examples, of all tasks together."})
+    test_size: int = field(default=100, metadata={"help": "Held-out examples, of all tasks together."})
     instruction_in_prompt: bool = field(default=False, metadata={"help": "Begin each question with its instruction."})
 
 
@@ -59,7 +60,7 @@ OWN_DEFAULTS = DEFAULTS | {
     "queryable_routing_scope": "prompt",  # one route a question: the figure shows it
     "remove_unused_columns": False,  # else the trainer drops the instructions
     "max_new_tokens": 10,  # "99, 98" and the end
-    "test_batch_size": 50,
+    "test_batch_size": 25,
 }
 
 
@@ -76,10 +77,10 @@ def main(data_args, score_args, training_args, model_args, queryable_args):
     results = {"training": finetune(trainer), "held_out": {}}
 
     model, tokenizer = load(output, model_args)
-    for kind, instruction_of in instructions_by_kind(encoder).items():
+    for kind, by_task in instructions_by_kind(encoder).items():
         results["held_out"][kind] = {
-            task: measure(model, tokenizer, test.filter(lambda row, task=task: row["task"] == task), text, score_args)
-            for task, text in instruction_of.items()
+            task: measure(model, tokenizer, test.filter(lambda row, task=task: row["task"] == task), given, score_args)
+            for task, given in by_task.items()
         }
     (output / "results.json").write_text(json.dumps(results, indent=2))
     (output / "results.md").write_text(table(results["held_out"]) + "\n")
@@ -87,7 +88,17 @@ def main(data_args, score_args, training_args, model_args, queryable_args):
     print(table(results["held_out"]))
 
 
-def measure(model, tokenizer, examples, instruction, score_args) -> dict:
+def measure(model, tokenizer, examples, given: list, score_args) -> dict:
+    """Means of what `score_under` measures, over instructions `given`: an equal part of `examples` under each."""
+    parts = [examples.shard(len(given), index) for index in range(len(given))]
+    numbers = [
+        score_under(model, tokenizer, part, instruction, score_args)
+        for part, instruction in zip(parts, given, strict=True)
+    ]
+    return {name: np.mean([part[name] for part in numbers], axis=0).tolist() for name in numbers[0]}
+
+
+def score_under(model, tokenizer, examples, instruction, score_args) -> dict:
     """Loss, exact match, and mean routes [blocks, atoms] of `examples` under one text or embedding."""
     routes = {}  # by block: [M] for each call
 
