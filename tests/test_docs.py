@@ -83,7 +83,9 @@ def blocks(page: str, language: str) -> list[re.Match]:
     return list(re.finditer(pattern, page, flags=re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/scopes.md", "docs/trl.md", "docs/adapters.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/scopes.md", "docs/trl.md", "docs/instructions.md", "docs/adapters.md"]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning:trl")
 @pytest.mark.filterwarnings("ignore::FutureWarning:trl")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
