@@ -217,7 +217,7 @@ def test_default_data_is_fixed_and_held_out_questions_are_new(recipe):
 @pytest.fixture(scope="module")
 def instructed(model_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("instructed")
-    settings = ["--train_size", 320, "--test_size", 40, "--max_steps", 40, "--learning_rate", 1e-2]
+    settings = ["--train_size", 320, "--test_size", 20, "--max_steps", 40, "--learning_rate", 3e-2]
     names = ["--model_name_or_path", model_folder, "--output_dir", output, "--report_to", "none"]
     stdout = run("instruction_sft.py", *names, *settings, "--max_new_tokens", 3)
     return output, stdout, json.loads((output / "results.json").read_text())["held_out"]
@@ -225,12 +225,11 @@ def instructed(model_folder, tmp_path_factory):
 
 @needs_reasoning_gym
 def test_the_instruction_alone_names_the_task(instructed):
-    """A model that was trained with instructions is worse with another task's, and with none."""
+    """A model that was trained with instructions is worse with another task's, with none and with a random one."""
     _, _, held_out = instructed
     losses = {kind: sum(task["held_out_loss"] for task in results.values()) / 4 for kind, results in held_out.items()}
     assert list(losses) == ["right", "none", "generic", "paraphrase", "shuffled", "adversarial", "random"]
-    assert losses["right"] < losses["none"]
-    assert losses["right"] + 0.1 < losses["shuffled"]
+    assert losses["right"] + 0.2 < min(losses["none"], losses["shuffled"], losses["random"])
 
 
 @needs_reasoning_gym
