@@ -1,8 +1,8 @@
 """Adapters on a backbone, by name: PEFT's, ours, and reconstructions of three methods without public code.
 
-RepLoRA (arXiv 2502.03044), HyRA (2510.04295) and DoRAN (2510.04331) are rebuilt here from descriptions of their papers;
-sizes, activation, initialisation and the rank of the seeds are ours. In all three a learned diagonal seed a [r] goes
-through a one-hidden-layer network, whose first layer the targets of a layer share, and gives a factor:
+RepLoRA (arXiv 2502.03044), HyRA (2510.04295) and DoRAN (2510.04331) are rebuilt here from descriptions of their
+papers; sizes, activation, initialisation and the rank of the seeds are ours. In all three a learned diagonal seed
+a [r] goes through a one-hidden-layer network, whose first layer the targets of a layer share, and gives a factor:
 
     factor = W2 relu(W1 diag(a)), [width, r]
 
@@ -68,7 +68,7 @@ class Generated(nn.Module):
 
 
 class Normalised(Generated):
-    """DoRAN: the weight m (W + (alpha / r) B A) / (norm(W + (alpha / r) B A) + t), with DoRA's norm and learned t > 0."""
+    """DoRAN: the weight m V / (norm(V) + t), where V = W + (alpha / r) B A, by DoRA's norm and a learned t > 0."""
 
     def __init__(self, base_layer: nn.Linear, trunk: Trunk) -> None:
         super().__init__(base_layer, trunk)
