@@ -2,7 +2,7 @@
 
 A source sample is of the function itself. A target sample is of a shifted one: the coefficients of its non-linear
 terms are multiplied by `COEFFICIENT`, and its landscape is turned by `ANGLE` about the centre of its box. The paper
-says that it does both (Sec. 4.1), but not by how much: these amounts are ours.
+says that it does both (Sec. 4.1), but not by how much: these amounts are ours. Dropwave is the same from every side.
 
 Eight functions are of the library that the paper cites (Surjanovic and Bingham), with its domains as boxes. It has no
 "Sin-Cos". We take sin(x1) + cos(x2): the constant fits of the paper's Table 9 leave an error of 1.0, which is the
@@ -46,7 +46,7 @@ class Function:
     def target(self, x: Tensor) -> Tensor:
         """Values [n] of the shifted function at `x` [n, 2]."""
         cosine, sine, centre = math.cos(ANGLE), math.sin(ANGLE), (self.low + self.high) / 2
-        turned = (x - centre) @ torch.tensor([[cosine, sine], [-sine, cosine]]) + centre
+        turned = (x - centre) @ torch.tensor([[cosine, -sine], [sine, cosine]]) + centre
         return self.value(turned, COEFFICIENT)
 
 

@@ -1,0 +1,305 @@
+"""recipes/regression: its functions, adapters and training, and the command on tiny runs."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "regression"
+METHODS = ["lora", "dora", "lily", "vblora", "replora", "hyra", "doran", "queryable", "instruction"]
+# Where each function is lowest, Langermann highest, and the value there.
+OPTIMA = {
+    "Ackley": ([0.0, 0.0], 0.0),
+    "Dropwave": ([0.0, 0.0], -1.0),
+    "Langermann": ([2.0029, 1.0060], 5.1621),
+    "Levy": ([1.0, 1.0], 0.0),
+    "Matyas": ([0.0, 0.0], 0.0),
+    "Michalewicz": ([2.20291, 1.57080], -1.80130),
+    "Rastrigin": ([0.0, 0.0], 0.0),
+    "Sin-Cos": ([-math.pi / 2, math.pi], -2.0),
+    "Styblinski-Tang": ([-2.903534, -2.903534], -78.33233),
+}
+
+
+@pytest.fixture(autouse=True)
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPE)
+
+
+def wide(width=8):
+    from backbones import Transformer
+
+    return Transformer(depth=2, width=width, heads=2)
+
+
+def deep(depth=6):
+    from backbones import MLP
+
+    return MLP(depth=depth)
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", OPTIMA)
+def test_optimum(name):
+    from functions import FUNCTIONS
+
+    function, (point, value) = FUNCTIONS[name], OPTIMA[name]
+    best = torch.tensor([point])
+    torch.testing.assert_close(function.value(best, 1.0), torch.tensor([value]), atol=2e-4, rtol=1e-4)
+    grid = torch.linspace(function.low, function.high, 200)
+    values = function.value(torch.cartesian_prod(grid, grid), 1.0)
+    worst = values.max() - value if name == "Langermann" else value - values.min()
+    assert worst < 2e-4
+    assert values.std() > 0.1
+
+
+def test_every_function_is_tested():
+    from functions import FUNCTIONS
+
+    assert FUNCTIONS.keys() == OPTIMA.keys()
+    assert len({function.description for function in FUNCTIONS.values()}) == 9
+
+
+@pytest.mark.parametrize("name", OPTIMA)
+def test_the_target_has_other_coefficients_and_is_turned(name):
+    from functions import ANGLE, COEFFICIENT, FUNCTIONS
+
+    function = FUNCTIONS[name]
+    x = function.low + (function.high - function.low) * torch.rand(50, 2)
+    turn = torch.polar(torch.tensor(1.0), torch.tensor(-ANGLE))
+    centre = (function.low + function.high) / 2
+    turned = torch.view_as_real(torch.view_as_complex(x - centre) * turn) + centre
+    torch.testing.assert_close(function.target(x), function.value(turned, COEFFICIENT), atol=1e-3, rtol=1e-3)
+    if name != "Dropwave":  # which looks the same from every side
+        assert (function.target(x) - function.value(x, COEFFICIENT)).abs().max() > 0.01
+    assert (function.target(x) - function.value(turned, 1.0)).abs().max() > 0.01
+
+
+def test_samples_are_noisy_in_the_box_and_repeatable():
+    from functions import FUNCTIONS, NOISE
+
+    function = FUNCTIONS["Michalewicz"]
+    x, y = function.sample(4000, torch.Generator().manual_seed(3), target=False)
+    again = function.sample(4000, torch.Generator().manual_seed(3), target=False)
+    other, _ = function.sample(4000, torch.Generator().manual_seed(4), target=False)
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other)
+    assert x.min() >= function.low and x.max() <= function.high
+    assert x.std(0).tolist() == pytest.approx([math.pi / math.sqrt(12)] * 2, rel=0.05)
+    assert (y - function.value(x, 1.0)).std().item() == pytest.approx(NOISE, rel=0.05)
+
+
+def test_source_target_and_halves_are_different_points():
+    from train import Run, sample
+
+    runs = [Run("Ackley", 0), Run("Levy", 0), Run("Ackley", 1)]
+    parts = [part for target in (False, True) for part in sample(runs, 20, 10, target, "cpu")]
+    assert [part.x.shape for part in parts] == [(3, 20, 2), (3, 10, 2)] * 2
+    points = [tuple(point) for part in parts for run in part.x[[0, 2]].tolist() for point in run]
+    assert len(set(points)) == len(points) == 120
+
+
+@pytest.mark.parametrize("setting", ["wide", "deep"])
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_are_within_10_percent_of_lora(method, setting):
+    from backbones import BACKBONES
+    from baselines import INSTRUCTION_DIM, attach
+
+    model = attach(method, BACKBONES[setting](), torch.zeros(1, INSTRUCTION_DIM))
+    lora = {"wide": 294_912, "deep": 15_872}[setting]
+    count = sum(p.numel() for p in trainable(model).values())
+    assert count == lora if method == "lora" else abs(count / lora - 1) < 0.1
+
+
+@pytest.mark.parametrize("backbone", [lambda: wide(256), deep], ids=["wide", "deep"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_starts_as_its_base_and_learns_alone(method, backbone):
+    from baselines import INSTRUCTION_DIM, attach
+
+    model = backbone()
+    x = torch.randn(5, 2)
+    expected = model(x)
+    model = attach(method, model, torch.ones(1, INSTRUCTION_DIM))
+    # VB-LoRA starts with a small random update: the vectors of its bank make A and B.
+    tolerance = 0.02 if method == "vblora" else 1e-6
+    torch.testing.assert_close(model(x), expected, atol=tolerance, rtol=tolerance)
+    model(x).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    learned = set(trainable(model))
+    assert learned and not any("base_layer" in name or "head" in name or "first." in name for name in learned)
+
+
+@pytest.mark.parametrize("method", ["replora", "hyra", "doran"])
+def test_a_generated_update_is_one_weight(method):
+    """The three reconstructions, from their formulas, on one layer with random tensors."""
+    from baselines import GENERATED, Trunk
+
+    kind, hidden, heads = GENERATED[method]
+    base, trunk = nn.Linear(12, 8), Trunk(hidden, heads)
+    layer = kind(base, trunk)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    A = (layer.second_A @ torch.relu(trunk.first_A @ torch.diag(trunk.seed_A))).T
+    rows = [layer.second_B @ torch.relu(trunk.first_B @ torch.diag(seed)) for seed in trunk.seed_B]
+    weight = base.weight + 2 * torch.cat(rows) @ A
+    if method == "doran":
+        offset = torch.log1p(torch.exp(layer.offset))
+        norm = weight.square().sum(1).sqrt()
+        weight = torch.diag(layer.magnitude / (norm + offset)) @ weight
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(layer(x), x @ weight.T + base.bias, atol=1e-4, rtol=1e-4)
+
+
+def test_targets_share_a_trunk():
+    from baselines import Trunk, attach
+
+    trunks = [
+        [module for module in attach("replora", m, None).modules() if isinstance(module, Trunk)]
+        for m in (wide(), deep())
+    ]
+    assert [len(found) for found in trunks] == [2, 1]  # one a layer, and one where layers have a single target
+
+
+SHORT = {"pretrain_epochs": 2, "epochs": 3, "source_train": 40, "source_test": 8, "target_train": 20, "target_test": 8}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The deep setting, cut short, on six layers."""
+    import train
+
+    monkeypatch.setitem(train.BACKBONES, "deep", deep)
+    return replace(train.SETTINGS["deep"], batch_size=8, **SHORT)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stacked_runs_are_runs_one_by_one(short, method):
+    """Trained together as apart, and as by an ordinary loop over an ordinary module."""
+    from baselines import INSTRUCTION_DIM, attach
+    from train import Run, adapt, sample
+
+    runs = [Run("Matyas", 0), Run("Sin-Cos", 1)]
+    embedding = torch.ones(1, INSTRUCTION_DIM)
+
+    def records(runs):
+        backbones = [torch.manual_seed(run.seed) and deep() for run in runs]
+        return adapt(short, method, runs, backbones, [embedding] * len(runs), "cpu", lambda: None)
+
+    together = records(runs)
+    for run, record in zip(runs, together, strict=True):
+        (apart,) = records([run])
+        assert (record["function"], record["seed"], record["method"]) == (*run, method)
+        torch.testing.assert_close(torch.tensor(record["curve"]), torch.tensor(apart["curve"]), rtol=1e-4, atol=1e-6)
+
+        torch.manual_seed(run.seed)
+        model = deep()
+        torch.manual_seed(run.seed)
+        model = attach(method, model, embedding)
+        data, test = sample([run], short.target_train, short.target_test, True, "cpu")
+        optimizer = torch.optim.AdamW([*trainable(model).values()], lr=short.lr)
+        shuffle = torch.Generator().manual_seed(run.seed)
+        for _ in range(short.epochs):
+            for rows in torch.randperm(short.target_train, generator=shuffle).split(short.batch_size):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(data.x[0, rows]), data.y[0, rows]).backward()
+                optimizer.step()
+        expected = nn.functional.mse_loss(model(test.x[0]), test.y[0]).item()
+        assert record["last_test"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradient_norms_are_those_of_the_layers():
+    from baselines import attach
+    from train import Data, Stacked
+
+    models = [attach("lora", deep(), None) for _ in range(2)]
+    data = Data(torch.randn(2, 9, 2), torch.randn(2, 9))
+    stacked = Stacked(models)
+    stacked.errors(data).sum().backward()
+    for i, model in enumerate(models):
+        nn.functional.mse_loss(model(data.x[i]), data.y[i]).backward()
+        layers = model.base_model.model.layers
+        expected = [math.hypot(*(p.grad.norm().item() for p in trainable(layer).values())) for layer in layers]
+        assert stacked.gradient_norms()[:, i].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-12)
+
+
+def test_summary():
+    from train import summary
+
+    norms = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
+    record = summary([[0, 0.1, 0.1], [1, 3.0, 5.0], [2, 2.0, math.nan], [3, 4.0, 6.0]], norms)
+    assert record["train"] == 2 and record["test"] == 5  # not the errors before training
+    assert record["last_train"] == 4 and record["last_test"] == 6
+    assert record["concentration"] == [1.5, 1.0]
+
+
+def test_pretraining_learns_the_source_function(short):
+    from train import Run, pretrain, sample
+
+    runs = [Run("Sin-Cos", 0), Run("Rastrigin", 1)]
+    data, _ = sample(runs, short.source_train, short.source_test, False, "cpu")
+    before = [torch.manual_seed(run.seed) and deep() for run in runs]
+    calls = []
+    after = pretrain(replace(short, pretrain_epochs=20), runs, "cpu", lambda: calls.append(1))
+    assert len(calls) == 20
+    for i in range(2):
+        old, new = (nn.functional.mse_loss(models[i](data.x[i]), data.y[i]) for models in (before, after))
+        assert new < old
+
+
+def test_the_command_goes_on_where_it_stopped(tmp_path):
+    import run
+
+    methods, results = ["lora", "queryable", "doran"], tmp_path / "deep-quick.jsonl"
+    command = [sys.executable, RECIPE / "run.py", "--quick", "--output_dir", tmp_path, "--methods", *methods]
+    done = subprocess.run([*map(str, command), "--threads", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = results.read_text().splitlines()
+    keys = [(record["method"], record["function"], record["seed"]) for record in map(json.loads, lines)]
+    assert keys == [(method, function, 0) for method in methods for function in ("Ackley", "Sin-Cos")]
+    assert [point[0] for point in json.loads(lines[0])["curve"]] == [0, 1, 2]
+    results.write_text("\n".join(lines[:2] + lines[3:]) + "\n")
+    run.main(run.Arguments(str(tmp_path), methods=methods, threads=1, quick=True, **run.QUICK))
+    again = results.read_text().splitlines()
+    assert again[:-1] == lines[:2] + lines[3:]
+    missing, redone = json.loads(lines[2]), json.loads(again[-1])
+    assert (redone["method"], redone["function"]) == keys[2][:2]
+    assert redone["last_test"] == pytest.approx(missing["last_test"], rel=1e-4)
+
+
+def test_runs_of_another_setting_are_not_taken_for_these(tmp_path, short):
+    import run
+
+    line = {"setting": run.asdict(short), "method": "lora", "function": "Ackley", "seed": 0}
+    (tmp_path / "deep.jsonl").write_text(json.dumps(line) + "\n")
+    assert run.finished(tmp_path / "deep.jsonl", short) == {("lora", "Ackley", 0)}
+    with pytest.raises(SystemExit, match="another setting: remove it"):
+        run.finished(tmp_path / "deep.jsonl", replace(short, epochs=4))
+
+
+def test_the_estimate_counts_all_runs(short, capsys, monkeypatch):
+    import run
+
+    monkeypatch.setattr(run, "step_seconds", lambda method, setting, runs, device: 1.0)
+    monkeypatch.setitem(run.SETTINGS, "deep", replace(short, epochs=1200, target_train=21))
+    run.main(run.Arguments(estimate=True, methods=["lora"], at_once=15))
+    assert "| lora | 1 | 1000.0 | 45.0 |\n| lora | 15 | 1000.0 | 3.0 |" in capsys.readouterr().out
+
+
+def test_an_instruction_is_its_description_projected(monkeypatch):
+    import run
+    from baselines import INSTRUCTION_DIM
+
+    embeds = {"Ackley": torch.ones(1, 384), "Levy": -torch.ones(1, 384)}
+    texts = {run.FUNCTIONS[name].description: embed for name, embed in embeds.items()}
+    monkeypatch.setattr(run, "sentence_encoder", lambda name: lambda asked: texts[asked[0]])
+    ackley, levy = (run.instruction(run.Run(name, 0), None) for name in embeds)
+    assert ackley.shape == (1, INSTRUCTION_DIM)
+    assert torch.equal(ackley, -levy) and ackley.norm() > 1
