@@ -63,7 +63,7 @@ class Arguments:
         default=None, metadata={"help": "Hub id or folder of the sentence-transformers model that reads descriptions."}
     )
     device: str = field(default="cpu", metadata={"help": "Device of the models.", "choices": ["cpu", "cuda"]})
-    threads: int = field(default=2, metadata={"help": "Threads of torch."})
+    threads: int = field(default=1, metadata={"help": "Threads of torch; two processes gain more than two threads."})
     quick: bool = field(default=False, metadata={"help": "Two functions, one seed, two epochs."})
     estimate: bool = field(default=False, metadata={"help": "Time a few epochs of each method instead of training."})
 
