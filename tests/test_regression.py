@@ -62,6 +62,42 @@ def test_optimum(name):
     assert values.std() > 0.1
 
 
+REFERENCES = {  # written out for a point (a, b), after Surjanovic and Bingham
+    "Ackley": lambda a, b: (
+        -20 * math.exp(-0.2 * math.sqrt((a * a + b * b) / 2))
+        - math.exp((math.cos(2 * math.pi * a) + math.cos(2 * math.pi * b)) / 2)
+        + 20
+        + math.e
+    ),
+    "Dropwave": lambda a, b: -(1 + math.cos(12 * math.hypot(a, b))) / (0.5 * (a * a + b * b) + 2),
+    "Langermann": lambda a, b: sum(
+        c * math.exp(-((a - p) ** 2 + (b - q) ** 2) / math.pi) * math.cos(math.pi * ((a - p) ** 2 + (b - q) ** 2))
+        for c, p, q in ((1, 3, 5), (2, 5, 2), (5, 2, 1), (2, 1, 4), (3, 7, 9))
+    ),
+    "Levy": lambda a, b: (
+        math.sin(math.pi * (a + 3) / 4) ** 2
+        + ((a - 1) / 4) ** 2 * (1 + 10 * math.sin(math.pi * (a + 3) / 4 + 1) ** 2)
+        + ((b - 1) / 4) ** 2 * (1 + math.sin(math.pi * (b + 3) / 2) ** 2)
+    ),
+    "Matyas": lambda a, b: 0.26 * (a * a + b * b) - 0.48 * a * b,
+    "Michalewicz": lambda a, b: (
+        -math.sin(a) * math.sin(a * a / math.pi) ** 20 - math.sin(b) * math.sin(2 * b * b / math.pi) ** 20
+    ),
+    "Rastrigin": lambda a, b: 20 + sum(t * t - 10 * math.cos(2 * math.pi * t) for t in (a, b)),
+    "Sin-Cos": lambda a, b: math.sin(a) + math.cos(b),
+    "Styblinski-Tang": lambda a, b: sum(t**4 - 16 * t**2 + 5 * t for t in (a, b)) / 2,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMA)
+def test_values_elsewhere(name):
+    from functions import FUNCTIONS
+
+    points = torch.tensor([[1.7, 1.4], [2.1, 1.2], [0.3, 2.6]])
+    expected = torch.tensor([REFERENCES[name](*point) for point in points.tolist()])
+    torch.testing.assert_close(FUNCTIONS[name].value(points, 1.0), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_every_function_is_tested():
     from functions import FUNCTIONS
 
@@ -213,6 +249,17 @@ def test_stacked_runs_are_runs_one_by_one(short, method):
                 optimizer.step()
         expected = nn.functional.mse_loss(model(test.x[0]), test.y[0]).item()
         assert record["last_test"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_stacking_leaves_the_models_alone():
+    from baselines import attach
+    from train import Stacked
+
+    models = [attach("replora", deep(), None) for _ in range(2)]
+    x = torch.randn(2, 9, 2)
+    expected = torch.stack([model(points) for model, points in zip(models, x, strict=True)])
+    torch.testing.assert_close(Stacked(models)(x), expected)
+    torch.testing.assert_close(models[0](x[0]), expected[0])
 
 
 def test_gradient_norms_are_those_of_the_layers():

@@ -84,7 +84,7 @@ class Stacked:
         return vmap(self._one)(self.parameters, self.buffers, x)
 
     def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        # Names that share a module must not be tied again: the first puts the tensor into all of them.
+        # Shared modules have one name among the parameters; tied names would leave stacked tensors in the template.
         return functional_call(self.template, (parameters, buffers), (x,), tie_weights=False)
 
     def errors(self, data: Data) -> Tensor:
