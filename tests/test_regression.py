@@ -281,7 +281,7 @@ def test_summary():
     from train import summary
 
     norms = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
-    record = summary([[0, 0.1, 0.1], [1, 3.0, 5.0], [2, 2.0, math.nan], [3, 4.0, 6.0]], norms)
+    record = summary([[0, 0.1, 0.1], [1, 3.0, math.nan], [2, 2.0, 5.0], [3, 4.0, 6.0]], norms)
     assert record["train"] == 2 and record["test"] == 5  # not the errors before training
     assert record["last_train"] == 4 and record["last_test"] == 6
     assert record["concentration"] == [1.5, 1.0]
