@@ -30,7 +30,8 @@ class RoutingState:
         routes: of each block, in the scopes whose routes stay as the prefill made them.
         prefill_length: the shortest length that `routes` are still right for; a tensor of no dimension where it takes
             data to tell.
-        gates: gates g that steps have read, by the identity of their logits.
+        constants: what steps have made of weights alone, by the identity of whose it is: a cache as a whole is of the
+            weights that filled it.
         rows: [B] bool, the rows that the adapter serves in a batch of several adapters, the others being zero in
             `sums` and `routes`; None where it serves all.
     """
@@ -40,7 +41,7 @@ class RoutingState:
     sums: dict[str, Tensor] = field(default_factory=dict)
     routes: dict[int, Any] = field(default_factory=dict)
     prefill_length: int | Tensor = 0
-    gates: dict[int, float] = field(default_factory=dict)
+    constants: dict[int, Any] = field(default_factory=dict)
     rows: Tensor | None = None
 
     def extended(self, length: int, sums: dict[str, Tensor], is_croppable: bool) -> RoutingState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,9 +79,12 @@ class Routing:
         keeps_states: bool,
     ) -> None:
         self.plan, self.batch, self.rows, self.past = plan, batch, rows, past
+        self.constants = _constants(past)
         self.lookup = plan.router.prepare(instruction)
         self.keeps_states = keeps_states
         self.pool = Pool(tokens, plan.scope)
+        # Blocks before this one have means that a later block reads.
+        self.last_read = plan.num_blocks - 1 if plan.router.uses_depth else 0
         self.count: Tensor | None = None  # number of tokens in each sum over `counted` tokens a row
         self.counted = 0
         self.length = 0
@@ -91,8 +94,11 @@ class Routing:
         self.states: list[list[Tensor]] = [[] for _ in range(plan.num_blocks)]  # rank states by block, each [B, T, r]
         self.entries: list[nn.Module | None] = [None] * plan.num_blocks
 
-    def route(self, block: int, layer: nn.Module, entry_states: Callable[[], Tensor]) -> Route:
-        """The route of `block`, made from `entry_states()` [B, T, r] by the first layer that asks."""
+    def route(self, block: int, layer: nn.Module, states: Tensor, entry_states: Callable[[], Tensor]) -> Route:
+        """The route of `block`, made from `entry_states()` [B, T, r] by the first layer that asks.
+
+        The layer's own `states` [B, T, r] go into the mean of its block (Algorithm 2, line 43).
+        """
         route = self.routes[block]
         if route is None:
             self.entries[block] = layer
@@ -101,19 +107,13 @@ class Routing:
                 self.means[block - 1] = mean
                 if not self.keeps_states:
                     self.states[block - 1] = []
-        return route
-
-    def keep(self, block: int, states: Tensor) -> None:
-        """Take `states` [B, T, r] of one adapted module into the mean of its block (Algorithm 2, line 43)."""
         self.length = states.shape[1]
-        is_read_later = block + 1 < self.plan.num_blocks and self.plan.router.uses_depth and not self.past.routes
-        if is_read_later and self.routes[block + 1] is None:
+        if block < self.last_read and self.routes[block + 1] is None:
             self.states[block].append(states)
+        return route
 
     def make_route(self, block: int, entry_states: Callable[[], Tensor]) -> tuple[Route, Tensor | None]:
         """The route of `block` and the mean of the block before it; changes nothing that a replay reads."""
-        if self.past.routes:  # the prefill fixed it
-            return replace(self.past.routes[block], gates=self.past.gates), None
         router = self.plan.router
         mean = self._block_mean(block - 1) if block > 0 and self.states[block - 1] else None
         state = self._pooled(f"entry.{block}", entry_states())
@@ -121,9 +121,7 @@ class Routing:
         device = router.keys.weight.device
         weights = router(self.plan.first_block + block, state.to(device), [m.to(device) for m in means], self.lookup)
         if weights.shape[1] == 1:
-            return SequenceRoute(
-                weights, router.operator(weights), self.past.gates if self.past.length else None
-            ), mean
+            return SequenceRoute.of(router, weights), mean
         return TokenRoute(router, weights), mean
 
     def _block_mean(self, block: int) -> Tensor:
@@ -152,7 +150,7 @@ class Routing:
 
     def state(self, is_croppable: bool) -> RoutingState:
         """What the call's cache, croppable or not, has to carry for the tokens to come."""
-        if self.plan.scope == "causal" or self.past.routes:
+        if self.plan.scope == "causal":
             state = self.past.extended(self.length, self.sums, is_croppable)
         else:
             routes = {block: route.fixed() for block, route in enumerate(self.routes) if route is not None}
@@ -168,6 +166,38 @@ class Routing:
         self.routes = [None if route is None else route.map(_leaf) for route in self.routes]
         self.lookup = self.lookup.map(_leaf)
 
+    def replay(self) -> Replay:
+        return Replay(self)
+
+
+class FixedRouting:
+    """Routes of one adapter in a call that goes on from the prefill that fixed them: its tokens have no say in them.
+
+    Args:
+        batch: number B of rows that the adapter serves.
+        rows: which of the call's rows they are, or None for all.
+        past: routing state of the tokens that the call's cache holds.
+    """
+
+    def __init__(self, batch: int, rows: Rows | None, past: RoutingState) -> None:
+        self.batch, self.rows, self.past = batch, rows, past
+        self.length = 0
+        self.constants = _constants(past)
+
+    def route(self, block: int, layer: nn.Module, states: Tensor, entry_states: Callable[[], Tensor]) -> Route:
+        self.length = states.shape[1]
+        return self.past.routes[block]
+
+    def state(self, is_croppable: bool) -> RoutingState:
+        state = self.past.extended(self.length, {}, is_croppable)
+        return state if self.rows is None else state.spread(self.rows.index, self.rows.batch)
+
+    def seal(self) -> None:
+        pass
+
+    def replay(self) -> FixedRouting:
+        return self
+
 
 class Replay:
     """A finished [`Routing`] as seen by layers that gradient checkpointing runs again in the backward pass.
@@ -176,18 +206,17 @@ class Replay:
     others find the route that was made. Nothing is kept: blocks come back last first, and any number of times.
     """
 
+    constants = None
+
     def __init__(self, routing: Routing) -> None:
         self.routing, self.batch, self.rows = routing, routing.batch, routing.rows
 
-    def route(self, block: int, layer: nn.Module, entry_states: Callable[[], Tensor]) -> Route:
+    def route(self, block: int, layer: nn.Module, states: Tensor, entry_states: Callable[[], Tensor]) -> Route:
         if self.routing.entries[block] is layer:
             return self.routing.make_route(block, entry_states)[0]
         route = self.routing.routes[block]
         assert route is not None  # every layer that runs again has run before
         return route
-
-    def keep(self, block: int, states: Tensor) -> None:
-        pass
 
 
 class Context:
@@ -200,7 +229,7 @@ class Context:
         instruction_for: gives the embeddings [n, d_c] that an adapter follows in this call, or None.
         is_generating: whether the call is a step of `generate`, which repeats rows, for beams say.
         batch: number B of rows of the call.
-        tokens: its tokens.
+        read_tokens: tells its tokens; not called where no route needs them.
         cache: its cache.
         is_checkpointing: whether layers will run again in the backward pass.
     """
@@ -213,29 +242,32 @@ class Context:
         instruction_for: Callable[[Plan], Tensor | None],
         is_generating: bool,
         batch: int,
-        tokens: Tokens,
+        read_tokens: Callable[[], Tokens],
         cache: Cache | None,
         is_checkpointing: bool,
     ) -> None:
         self.name, self.plans, self.adapter_names = name, plans, adapter_names
         self.instruction_for, self.is_generating = instruction_for, is_generating
-        self.batch, self.tokens, self.cache, self.is_checkpointing = batch, tokens, cache, is_checkpointing
-        self.routings: dict[str, Routing] = {}
+        self.batch, self.read_tokens, self.cache, self.is_checkpointing = batch, read_tokens, cache, is_checkpointing
+        self.routings: dict[str, Routing | FixedRouting] = {}
 
-    def routing(self, adapter: str) -> Routing:
+    def routing(self, adapter: str) -> Routing | FixedRouting:
         if adapter not in self.routings:
             self.routings[adapter] = self._start(self.plans[adapter])
         return self.routings[adapter]
 
-    def _start(self, plan: Plan) -> Routing:
+    def _start(self, plan: Plan) -> Routing | FixedRouting:
         rows, key = self._rows(plan.adapter), (plan.adapter, self.name)
-        tokens, batch, instruction, index = self.tokens, self.batch, self._instruction(plan), None
-        if rows is not None:
-            index = rows.index
-            tokens, batch = tokens.rows(index), len(index)
+        instruction, index = self._instruction(plan), None if rows is None else rows.index
+        batch = self.batch if index is None else len(index)
+        past = load_state(self.cache, key, id(plan.router), index)
+        if past.routes:
+            return FixedRouting(batch, rows, past)
+        tokens = self.read_tokens()
+        if index is not None:
+            tokens = tokens.rows(index)
             if instruction is not None and instruction.shape[0] > 1:
                 instruction = instruction[index.to(instruction.device)]
-        past = load_state(self.cache, key, id(plan.router), index)
         return Routing(plan, tokens, batch, rows, instruction, past, keeps_states=self.is_checkpointing)
 
     def _rows(self, adapter: str) -> Rows | None:
@@ -269,17 +301,23 @@ class Context:
                 routing.seal()
 
     def replay(self) -> ReplayContext:
-        return ReplayContext({adapter: Replay(routing) for adapter, routing in self.routings.items()})
+        return ReplayContext({adapter: routing.replay() for adapter, routing in self.routings.items()})
 
 
 @dataclass(frozen=True)
 class ReplayContext:
     """A finished [`Context`] as seen by layers that run again in the backward pass."""
 
-    replays: dict[str, Replay]
+    replays: dict[str, Replay | FixedRouting]
 
-    def routing(self, adapter: str) -> Replay:
+    def routing(self, adapter: str) -> Replay | FixedRouting:
         return self.replays[adapter]
+
+
+def _constants(past: RoutingState) -> dict[int, Any] | None:
+    """Where the steps of a cache keep what they make of weights alone; None where a graph of either kind is made."""
+    is_step = past.length > 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return past.constants if is_step else None
 
 
 def _leaf(t: Tensor) -> Tensor:

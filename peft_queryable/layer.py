@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import MOVING_INITIALISATIONS, QueryableLoraConfig
-from .context import Replay, Routing
+from .context import FixedRouting, Replay, Routing
 from .router import Table
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Linear(nn.Module, QueryableLoraLayer):
             return result
         dtype = result.dtype
         for adapter in self.active_adapters:
-            if adapter not in self.lora_A:
+            if adapter not in self.places:
                 continue
             routing = self.places[adapter].stack.routing(adapter)
             if routing.rows is None:
@@ -125,24 +125,27 @@ class Linear(nn.Module, QueryableLoraLayer):
                 result = routing.rows.put(result, updated)
         return result.to(dtype)
 
-    def _add_update(self, result: Tensor, x: Tensor, adapter: str, routing: Routing | Replay) -> Tensor:
-        lora_A, lora_B, place = self.lora_A[adapter], self.lora_B[adapter], self.places[adapter]
-        x = self.lora_dropout[adapter](self._cast_input_dtype(x, lora_A.weight.dtype))
-        states = self._by_row(lora_A(x), routing.batch)  # s, [B, T, r]
-        route = routing.route(place.block, self, lambda: self._entry_states(adapter, x, states))
-        routing.keep(place.block, states)
-        if route.weights.shape[1] != 1 and route.weights.shape[1] != states.shape[1]:
-            raise ValueError(
-                f"A module got {states.shape[1]} tokens a row, but its block routes {route.weights.shape[1]}: it sees "
-                "other tokens than its stack. Exclude it with `exclude_modules`."
-            )
-        states = route.apply(states, self.queryable_lora_gate[adapter].weight)  # t
-        # One addmm scales and adds: result + (alpha / r) B t (Eq. 95).
-        flat = result.reshape(-1, result.shape[-1]).to(states.dtype)
-        flat = torch.addmm(flat, states.flatten(0, 1), lora_B.weight.T, alpha=self.scaling[adapter])
-        if lora_B.bias is not None:
-            flat = flat + self.scaling[adapter] * lora_B.bias
-        return flat.view(result.shape)
+    def _add_update(self, result: Tensor, x: Tensor, adapter: str, routing: Routing | FixedRouting | Replay) -> Tensor:
+        lora_B, scaling = self.lora_B[adapter], self.scaling[adapter]
+        weight = self.lora_A[adapter].weight
+        x = self.lora_dropout[adapter](self._cast_input_dtype(x, weight.dtype))
+        states = self._by_row(F.linear(x, weight), routing.batch)  # s, [B, T, r]
+        route = routing.route(self.places[adapter].block, self, states, lambda: self._entry_states(adapter, x, states))
+        states = route.apply(states, self._gate(adapter, states, routing.constants), scaling)  # (alpha / r) t
+        bias = None if lora_B.bias is None else scaling * lora_B.bias
+        update = F.linear(states, lora_B.weight, bias)
+        if update.shape != result.shape:
+            update = update.view(result.shape)
+        # In place, which spares a tensor of the output's size; in the wider of the two dtypes, as LoRA's sum is.
+        return update.to(torch.promote_types(update.dtype, result.dtype)).add_(result)
+
+    def _gate(self, adapter: str, states: Tensor, constants: dict[int, Any] | None) -> Tensor | float:
+        """g = sigmoid(eta), [1] as `states`; in the steps of a cache a number, read once."""
+        if constants is None:
+            return self.queryable_lora_gate[adapter].weight.sigmoid().to(states)
+        if id(self) not in constants:
+            constants[id(self)] = self.queryable_lora_gate[adapter].weight.sigmoid().item()
+        return constants[id(self)]
 
     def _entry_states(self, adapter: str, x: Tensor, states: Tensor) -> Tensor:
         """Token states that the block's entry state averages, [B, T, r]: Eq. 16 in an attention block."""
@@ -156,6 +159,8 @@ class Linear(nn.Module, QueryableLoraLayer):
     @staticmethod
     def _by_row(states: Tensor, batch: int) -> Tensor:
         """Rank states [B, ..., r] or [B T, r] as [B, T, r]."""
+        if states.ndim == 3 and states.shape[0] == batch:
+            return states
         if states.shape[0] % batch != 0:
             raise ValueError(
                 f"A module got activations whose leading dimension is {states.shape[0]} in a call of batch size "

@@ -187,6 +187,7 @@ class Pool:
         }[scope]
         masks = [mask for mask in seen if mask is not None]
         self.mask = torch.stack(masks).all(0).unsqueeze(-1) if masks else None  # [B, T, 1]
+        self.unseen = None if self.mask is None else ~self.mask
 
     def sum(self, states: Tensor) -> Tensor:
         """Sums of `states` [B, T, r] in at least float32: [B, T, r], or [B, 1, r] where one serves a row.
@@ -205,8 +206,10 @@ class Pool:
                     f"the call have {mask.shape[1]}. Exclude modules that see other tokens than their stack, with "
                     "`exclude_modules`."
                 )
-        if self.mask is not None:
-            states = states.masked_fill(~self.mask.to(states.device), 0)
+        if self.unseen is not None:
+            states = states.masked_fill(self.unseen.to(states.device), 0)
+        if length == 1:
+            return states
         segments = self.segments.to(states.device) if self.segments is not None else None
         return segment_cumsum(states, segments) if self.causal else segment_sum(states, segments)
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 RMS_EPS = 1e-6  # epsilon of Assumption D.3; the paper states no value
 
@@ -151,7 +153,7 @@ class Router(nn.Module):
             instruction: embedding e(c), [B, d_c] or [1, d_c]; None is the adapter's own, which is 0 unless set.
         """
         dtype = torch.promote_types(self.keys.weight.dtype, torch.float32)
-        with torch.autocast(self.keys.weight.device.type, enabled=False):
+        with _without_autocast(self.keys.weight):
             keys = rms_norm(self.keys.weight.to(dtype))  # [M, d_k]
             if self.instruction is None:
                 return Lookup(keys, None, None)
@@ -177,7 +179,7 @@ class Router(nn.Module):
             Weights over the atoms, [B, K, M] in the router's dtype: non-negative, rows sum to one, at most k non-zero.
         """
         dtype = lookup.keys.dtype
-        with torch.autocast(state.device.type, enabled=False):
+        with _without_autocast(state):
             query = self._query(block, state.to(dtype), [mean.to(dtype) for mean in means], lookup)  # [B, K, d_k]
             logits = rms_norm(query) @ lookup.keys.T * self.attention_scale  # Eq. 34
             if lookup.prior is not None:
@@ -187,7 +189,7 @@ class Router(nn.Module):
 
     def operator(self, weights: Tensor) -> Tensor:
         """Routed operators S = sum_m alpha_m C_m (Eq. 23) of `weights` [B, 1, M]: [B, r, r] in their dtype."""
-        with torch.autocast(weights.device.type, enabled=False):
+        with _without_autocast(weights):
             atoms = self.atoms.weight.to(weights).flatten(1)  # [M, r r]
             return (weights @ atoms).view(-1, self.rank, self.rank)
 
@@ -199,9 +201,11 @@ class Router(nn.Module):
         return _Mix.apply(weights.to(states), states, self.atoms.weight.to(states))
 
     def _query(self, block: int, state: Tensor, means: list[Tensor], lookup: Lookup) -> Tensor:
-        query = self.prior.weight[block].to(state).expand(*state.shape[:-1], -1)  # Eq. 2, term by term
-        if self.state_query is not None:
-            query = query + _linear(self.state_query, state)
+        prior = self.prior.weight[block].to(state)
+        if self.state_query is None:  # Eq. 2, term by term
+            query = prior.expand(*state.shape[:-1], -1)
+        else:
+            query = F.linear(state, self.state_query.weight.to(state), prior)
         if lookup.query is not None:
             query = query + lookup.query
         if self.depth_value is not None:
@@ -248,7 +252,13 @@ def _outer(weights: Tensor, states: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * states.unsqueeze(-2)).flatten(-2)
 
 
+def _without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Entered only under autocast, as it costs as much as the operations in it, and as some devices have none."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _linear(layer: nn.Linear | None, x: Tensor) -> Tensor:
     """`layer(x)` in the dtype of `x` and on its device, for weights that are narrower or, in split models, afar."""
     assert layer is not None
-    return x @ layer.weight.to(x).T
+    return F.linear(x, layer.weight.to(x))

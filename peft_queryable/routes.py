@@ -17,23 +17,32 @@ class SequenceRoute:
 
     Args:
         weights: over the atoms, [B, 1, M].
-        operator: their mixture S, [B, r, r].
-        gates: g by the identity of its logit, filled as they are read: in the steps of a cache, which as a whole is of
-            the weights that filled it. None elsewhere.
+        operator: their mixture transposed, S^T [B, r, r], as rank states are rows.
     """
 
     weights: Tensor
     operator: Tensor
-    gates: dict[int, float] | None = None
 
-    def apply(self, states: Tensor, gate: Tensor) -> Tensor:
-        """t = s + g S s (Eq. 94) of `states` [B, T, r] under gate logit `gate` [1]: [B, T, r], as `states`."""
-        operator = self.operator.to(states).transpose(1, 2)
-        if self.gates is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.baddbmm(states, states, gate.sigmoid().to(states) * operator)
-        if id(gate) not in self.gates:
-            self.gates[id(gate)] = gate.sigmoid().item()
-        return torch.baddbmm(states, states, operator, alpha=self.gates[id(gate)])
+    @classmethod
+    def of(cls, router: Router, weights: Tensor) -> SequenceRoute:
+        """The route that mixes the atoms of `router` by `weights` [B, 1, M]."""
+        return cls(weights, router.operator(weights).transpose(1, 2))
+
+    def apply(self, states: Tensor, gate: Tensor | float, scaling: float) -> Tensor:
+        """alpha / r times t = s + g S s (Eqs. 94, 95), which costs no more than t does.
+
+        Args:
+            states: rank states s, [B, T, r].
+            gate: g, [1] as `states` or a number.
+            scaling: alpha / r.
+
+        Returns:
+            [B, T, r] as `states`.
+        """
+        operator = self.operator.to(states)
+        if isinstance(gate, float):
+            return torch.baddbmm(states, states, operator, beta=scaling, alpha=scaling * gate)
+        return torch.baddbmm(states, states, gate * operator, beta=scaling, alpha=scaling)
 
     def fixed(self) -> SequenceRoute:
         """The route as later calls find it on their cache."""
@@ -50,14 +59,22 @@ class TokenRoute:
     router: Router
     weights: Tensor
 
-    def apply(self, states: Tensor, gate: Tensor) -> Tensor:
-        """As [`SequenceRoute.apply`]."""
+    def apply(self, states: Tensor, gate: Tensor | float, scaling: float) -> Tensor:
+        """As [`SequenceRoute.apply`].
+
+        Raises:
+            ValueError: for states of another number of tokens.
+        """
+        if states.shape[1] != self.weights.shape[1]:
+            raise ValueError(
+                f"A module got {states.shape[1]} tokens a row, but its block routes {self.weights.shape[1]}: it sees "
+                "other tokens than its stack. Exclude it with `exclude_modules`."
+            )
         mixed = self.router.mix(self.weights.to(states.device), states)
-        return states + gate.sigmoid().to(states) * mixed
+        return (states + gate * mixed) * scaling
 
     def fixed(self) -> SequenceRoute:
-        weights = self.weights[:, -1:]
-        return SequenceRoute(weights, self.router.operator(weights))
+        return SequenceRoute.of(self.router, self.weights[:, -1:])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenRoute:
         return TokenRoute(self.router, function(self.weights))

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .cache import cached_length, find_cache
 from .call import OuterCall
 from .checkpointing import BoundCheckpoint
-from .context import Context, Plan, Replay, ReplayContext, Routing
+from .context import Context, FixedRouting, Plan, Replay, ReplayContext, Routing
 from .pooling import read_tokens
 
 _ATTENTION_PROJECTION = re.compile(r"(to_|w)?(q|k|v|query|key|value)(_?(proj|lin|layer))?")
@@ -132,7 +133,7 @@ class Stack:
             owner.register_forward_hook(self._close, with_kwargs=True, always_call=True),
         ]
 
-    def routing(self, adapter: str) -> Routing | Replay:
+    def routing(self, adapter: str) -> Routing | FixedRouting | Replay:
         """Routes of `adapter` in the current call.
 
         Raises:
@@ -200,7 +201,8 @@ class Stack:
         """The context of a call that the arguments `call` describe."""
         outer, cache = self.call, find_cache(call)
         tensor = _leading_tensor(call)
-        tokens = read_tokens(
+        tokens = partial(
+            read_tokens,
             tensor,
             call,
             past=cached_length(cache),
