@@ -292,6 +292,17 @@ def test_adapters_may_stay_narrow():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+def test_a_narrow_adapter_narrows_no_base():
+    """A new adapter of narrower weights leaves every bit of a wider base layer's output."""
+    layer = nn.Linear(8, 8).double()
+    model = single(copy.deepcopy(layer))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    assert torch.equal(model(x), layer(x))
+
+
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_autocast(scope, base):
