@@ -4,6 +4,7 @@ from .card import model_card
 from .encoders import BackboneEncoder, InstructionEncoder, SentenceEncoder
 from .instruction import InstructionCollator, instructions, set_instruction
 from .registration import QueryableLoraConfig, QueryableLoraModel, register
+from .tracing import RoutedCall, RoutingTrace, record_routing
 from .version import __version__
 
 __all__ = [
@@ -12,10 +13,13 @@ __all__ = [
     "InstructionEncoder",
     "QueryableLoraConfig",
     "QueryableLoraModel",
+    "RoutedCall",
+    "RoutingTrace",
     "SentenceEncoder",
     "__version__",
     "instructions",
     "model_card",
+    "record_routing",
     "set_instruction",
 ]
 

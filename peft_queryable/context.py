@@ -81,7 +81,7 @@ class Routing:
         self.plan, self.batch, self.rows, self.past = plan, batch, rows, past
         self.constants = _constants(past)
         self.lookup = plan.router.prepare(instruction)
-        self.keeps_states = keeps_states
+        self.keeps_states, self.real = keeps_states, tokens.real
         self.pool = Pool(tokens, plan.scope)
         # Blocks before this one have means that a later block reads.
         self.last_read = plan.num_blocks - 1 if plan.router.uses_depth else 0
@@ -158,6 +158,10 @@ class Routing:
             state = RoutingState(self.past.router, self.length, routes=routes, prefill_length=prefill_length)
         return state if self.rows is None else state.spread(self.rows.index, self.rows.batch)
 
+    def weights(self) -> dict[int, Tensor]:
+        """Weights over the atoms by block, each [B, K, M]."""
+        return {block: route.weights for block, route in enumerate(self.routes) if route is not None}
+
     def seal(self) -> None:
         """Cut what a replay reads off the graph: the graph holds the replay, and must not be held by it in turn."""
         self.sums = {}
@@ -181,7 +185,7 @@ class FixedRouting:
 
     def __init__(self, batch: int, rows: Rows | None, past: RoutingState) -> None:
         self.batch, self.rows, self.past = batch, rows, past
-        self.length = 0
+        self.length, self.real = 0, None
         self.constants = _constants(past)
 
     def route(self, block: int, layer: nn.Module, states: Tensor, entry_states: Callable[[], Tensor]) -> Route:
@@ -191,6 +195,9 @@ class FixedRouting:
     def state(self, is_croppable: bool) -> RoutingState:
         state = self.past.extended(self.length, {}, is_croppable)
         return state if self.rows is None else state.spread(self.rows.index, self.rows.batch)
+
+    def weights(self) -> dict[int, Tensor]:
+        return {block: route.weights for block, route in self.past.routes.items()}
 
     def seal(self) -> None:
         pass

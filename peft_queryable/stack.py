@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -125,6 +125,7 @@ class Stack:
         self.key, self.stacks, self.call, self.takes_labels = key, stacks, call, takes_labels
         self.plans: dict[str, Plan] = {}
         self.context: Context | ReplayContext | None = None
+        self.recorders: list[Callable[[Context], None]] = []
         self.thread = 0  # that opened it
         self.parameters = [p.name for p in inspect.signature(owner.forward).parameters.values()]
         self.checkpointing: list[Any] = [m for m in owner.modules() if hasattr(m, "gradient_checkpointing")]
@@ -226,6 +227,8 @@ class Stack:
         context, self.context = self.context, None
         if isinstance(context, Context) and output is not None:  # None: the call raised
             context.close(output)
+            for record in self.recorders:
+                record(context)
 
     def _bind_checkpoints(self) -> bool:
         """Make layers that gradient checkpointing runs again find the call they belong to."""
