@@ -28,7 +28,7 @@ import torch
 from benchmark_plan import QUICK, Arguments, sections, setups
 from benchmark_plots import plot_growth, plot_ratios
 from benchmark_profile import write_profiles
-from benchmark_report import report, write_docs
+from benchmark_report import conditions, report, write_docs
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -47,12 +47,17 @@ def main(args: Arguments) -> None:
         if name not in results["sections"]:
             results["sections"][name] = measurements[name]()
             (output / "benchmark.json").write_text(json.dumps(results, indent=1))
-    text = report(results)
-    (output / "benchmark.md").write_text(text)
-    print(text)
-    figures = [plot_ratios(results, output), plot_growth(results, output)]
+    places = {f"--device {args.device} --models {model}": report(results, model) for model in args.models}
+    figures = [plot_ratios(results, model, output) for model in args.models]
+    if args.sweeps != ["none"]:
+        places[f"--device {args.device} --sweeps"] = "Sizes one at a time."
+        figures.append(plot_growth(results, output))
+    texts = [f"{conditions(results['settings'])}\n\n{text}" for text in places.values()]
+    (output / "benchmark.md").write_text("\n\n".join(texts) + "\n")
+    print(*texts, sep="\n\n")
     if args.write_docs:
-        write_docs(text, figures, args.device)
+        for place, text, figure in zip(places, texts, figures, strict=True):
+            write_docs(text, figure, place)
 
 
 def settings(args: Arguments) -> dict:

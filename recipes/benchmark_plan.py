@@ -53,7 +53,7 @@ class Arguments:
     new_tokens: int = field(default=16, metadata={"help": "Tokens of a row that are decoded."})
     sweeps: list[str] = field(
         default_factory=lambda: list(SWEEPS),
-        metadata={"help": "Sizes to sweep, on the first of the models.", "choices": list(SWEEPS)},
+        metadata={"help": "Sizes to sweep, on the first of the models.", "choices": [*SWEEPS, "none"]},
     )
     quick: bool = field(default=False, metadata={"help": "A tiny model, few rounds and two values a sweep."})
     profile: bool = field(default=False, metadata={"help": "Profile instead of measuring."})
@@ -78,7 +78,7 @@ def sections(args: Arguments) -> dict[str, Callable[[], dict]]:
             todo[f"{setup.model}/memory/{work}"] = partial(memory, setup, tuple(args.methods), work)
         todo[f"{setup.model}/sizes"] = partial(sizes, setup, tuple(args.methods), args.rounds)
     for name in args.sweeps:
-        for value in SWEEPS[name][:2] if args.quick else SWEEPS[name]:
+        for value in SWEEPS.get(name, ())[: 2 if args.quick else None]:
             setup = replace(setups(args)[0], layers=GROWTH_LAYERS, **{name: value})
             for work in ("prefill", "train"):
                 todo[f"growth/{name}/{value}/{work}"] = partial(times, setup, GROWTH_METHODS, work, args.rounds)

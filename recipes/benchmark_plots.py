@@ -10,20 +10,20 @@ from benchmark_methods import SCOPES
 from benchmark_report import NAMES, WORK_NAMES, quartiles
 
 
-def plot_ratios(results: dict, folder: Path) -> Path:
-    """Ratios to LoRA with their quartiles: a row for each model and mode, a column for each work."""
+def plot_ratios(results: dict, model: str, folder: Path) -> Path:
+    """Ratios of a model to LoRA with their quartiles: a row for each mode, a column for each work."""
     settings, sections = results["settings"], results["sections"]
-    cases = [(model, mode) for model in settings["models"] for mode in settings["modes"]]
+    modes = settings["modes"]
     works, methods = settings["works"], [method for method in settings["methods"] if method != "lora"]
     figure, grid = plt.subplots(
-        len(cases),
+        len(modes),
         len(works),
-        figsize=(3 * len(works), 3 * len(cases)),
+        figsize=(3 * len(works), 3 * len(modes)),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for (model, mode), line in zip(cases, grid, strict=True):
+    for mode, line in zip(modes, grid, strict=True):
         for work, axes in zip(works, line, strict=True):
             seconds = sections[f"{model}/{mode}/{work}"]["seconds"]
             for place, method in enumerate(methods):
@@ -35,7 +35,7 @@ def plot_ratios(results: dict, folder: Path) -> Path:
             axes.set_yticks(range(len(methods)), [NAMES[method].replace("`", "") for method in methods])
         line[0].invert_yaxis()
     figure.supxlabel("time / LoRA's")
-    return saved(figure, folder / f"times-{settings['device']}.svg")
+    return saved(figure, folder / f"times-{settings['device']}-{model}.svg")
 
 
 def plot_growth(results: dict, folder: Path) -> Path:

@@ -120,30 +120,31 @@ def ratio_cell(numbers: dict[str, float], method: str, target: float | None) -> 
     return judged(numbers[method] / numbers["lora"], target) if method in numbers else ""
 
 
-def report(results: dict) -> str:
-    """All tables of a run, in Markdown."""
-    settings, sections = results["settings"], results["sections"]
-    methods, works = settings["methods"], settings["works"]
-    parts = [
-        f"{settings['machine']}, {settings['threads']} threads, {settings['dtype']}, torch {settings['torch']}; "
+def conditions(settings: dict) -> str:
+    """What the numbers of a run depend on."""
+    return (
+        f"{settings['machine']}, threads: {settings['threads']}, {settings['dtype']}, torch {settings['torch']}; "
         f"{settings['rounds']} rounds; {settings['batch']} rows of {settings['length']} tokens in prefill and "
         f"training, {settings['new_tokens']} new tokens after {settings['prompt']} in decoding. Ratios are medians "
         f'over the rounds, with quartiles. "{FAILED}": the method raises an error.'
-    ]
-    for model in settings["models"]:
-        parts += [time_tables(sections, model, mode, methods, works) for mode in settings["modes"]]
-        parts.append(size_table(sections, model, methods, works))
-    return "\n\n".join(parts) + "\n"
+    )
 
 
-def write_docs(text: str, figures: list[Path], device: str) -> None:
-    """Put the tables and pictures in their place in docs/speed.md, and the pictures beside it."""
-    for figure in figures:
-        (DOCS / figure.name).write_text(figure.read_text())
-    pictures = "\n\n".join(f"![{figure.stem}]({figure.name})" for figure in figures)
+def report(results: dict, model: str) -> str:
+    """The tables of one model, in Markdown."""
+    settings, sections = results["settings"], results["sections"]
+    methods, works = settings["methods"], settings["works"]
+    parts = [time_tables(sections, model, mode, methods, works) for mode in settings["modes"]]
+    return "\n\n".join([*parts, size_table(sections, model, methods, works)])
+
+
+def write_docs(text: str, figure: Path, place: str) -> None:
+    """Put tables and a picture in their place in docs/speed.md, and the picture beside it."""
+    (DOCS / figure.name).write_text(figure.read_text())
     page = DOCS / "speed.md"
-    start, end = (f"<!-- {edge} of recipes/benchmark.py --device {device} -->" for edge in ("start", "end"))
+    start, end = (f"<!-- {edge} of recipes/benchmark.py {place} -->" for edge in ("start", "end"))
     pattern = f"(?<={re.escape(start)}\n).*(?={re.escape(end)})"
-    new, count = re.subn(pattern, lambda _: f"\n{text}\n{pictures}\n\n", page.read_text(), flags=re.DOTALL)
-    assert count == 1, f"{page} has no place for {device}"
+    picture = f"![{figure.stem}]({figure.name})"
+    new, count = re.subn(pattern, lambda _: f"\n{text}\n\n{picture}\n\n", page.read_text(), flags=re.DOTALL)
+    assert count == 1, f"{page} has no place for {place}"
     page.write_text(new)

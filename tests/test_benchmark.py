@@ -62,7 +62,7 @@ def test_the_tables_hold_the_figures(benchmark):
     for method in METHODS:
         assert f"| {sizes['trainable'][method]:,} | {sizes['bytes'][method] / 1000:,.0f} |" in text
     assert f"{sizes['flops']['prefill']['causal'] / sizes['flops']['prefill']['lora']:.3f}" in text
-    for name in ("times-cpu", "growth-cpu"):
+    for name in ("times-cpu-tiny", "growth-cpu"):
         assert (output / f"{name}.svg").read_text().endswith("</svg>\n")
 
 
@@ -121,16 +121,17 @@ def test_each_round_runs_all_and_errors_are_kept(recipe):
     assert result["failed"] == {"c": "ValueError: not c"}
 
 
-def test_the_page_takes_the_tables_of_each_device(recipe, tmp_path, monkeypatch):
+def test_the_page_has_a_place_for_each_device_and_model(recipe, tmp_path, monkeypatch):
     import benchmark_report
 
     page = tmp_path / "speed.md"
     page.write_text((ROOT / "docs/speed.md").read_text())
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "times-cuda.svg").write_text("<svg/>")
+    picture = tmp_path / "run" / "times-cuda.svg"
+    picture.write_text("<svg/>")
     monkeypatch.setattr(benchmark_report, "DOCS", tmp_path)
-    benchmark_report.write_docs("| a table |\n", [tmp_path / "run" / "times-cuda.svg"], "cuda")
-    benchmark_report.write_docs("| another |\n", [tmp_path / "run" / "times-cuda.svg"], "cuda")
+    for table in ("| a table |", "| another |"):
+        benchmark_report.write_docs(table, picture, "--device cuda --models SmolLM2-135M")
     before, _, after = page.read_text().partition("| another |\n\n![times-cuda](times-cuda.svg)\n")
     assert "## On CUDA" in before
     assert "## Where the time goes" in after

@@ -227,7 +227,7 @@ def test_stacked_runs_are_runs_one_by_one(short, method):
 
     def records(runs):
         backbones = [torch.manual_seed(run.seed) and deep() for run in runs]
-        return adapt(short, method, runs, backbones, [embedding] * len(runs), "cpu", lambda: None)
+        return adapt(short, method, runs, backbones, [embedding] * len(runs), "cpu", False, lambda: None)
 
     together = records(runs)
     for run, record in zip(runs, together, strict=True):
@@ -294,7 +294,7 @@ def test_pretraining_learns_the_source_function(short):
     data, _ = sample(runs, short.source_train, short.source_test, False, "cpu")
     before = [torch.manual_seed(run.seed) and deep() for run in runs]
     calls = []
-    after = pretrain(replace(short, pretrain_epochs=20), runs, "cpu", lambda: calls.append(1))
+    after = pretrain(replace(short, pretrain_epochs=20), runs, "cpu", False, lambda: calls.append(1))
     assert len(calls) == 20
     for i in range(2):
         old, new = (nn.functional.mse_loss(models[i](data.x[i]), data.y[i]) for models in (before, after))

@@ -41,7 +41,7 @@ from transformers import HfArgumentParser
 
 from peft_queryable import SentenceEncoder
 
-QUICK = {"functions": ["Ackley", "Sin-Cos"], "seeds": 1}
+QUICK = {"functions": ["Ackley", "Sin-Cos"], "seeds": 1, "compiled": False}
 QUICK_SETTING = {"epochs": 2, "pretrain_epochs": 1, "source_train": 128, "target_train": 96, "target_test": 32}
 
 
@@ -64,6 +64,7 @@ class Arguments:
     )
     device: str = field(default="cpu", metadata={"help": "Device of the models.", "choices": ["cpu", "cuda"]})
     threads: int = field(default=1, metadata={"help": "Threads of torch; two processes gain more than two threads."})
+    compiled: bool = field(default=True, metadata={"help": "By torch.compile, which needs a C++ compiler on a CPU."})
     quick: bool = field(default=False, metadata={"help": "Two functions, one seed, two epochs."})
     estimate: bool = field(default=False, metadata={"help": "Time a few epochs of each method instead of training."})
 
@@ -88,7 +89,7 @@ def main(args: Arguments) -> None:
                 bar.set_postfix_str(method)
                 copies = [copy.deepcopy(backbones[run]) for run in chunk]
                 texts = [instruction(run, args.encoder) if method == "instruction" else None for run in chunk]
-                records = adapt(setting, method, chunk, copies, texts, args.device, bar.update)
+                records = adapt(setting, method, chunk, copies, texts, args.device, args.compiled, bar.update)
                 with results.open("a") as file:
                     file.writelines(json.dumps({"setting": asdict(setting), **r}) + "\n" for r in records)
 
@@ -111,7 +112,9 @@ def pretrained(args: Arguments, setting: Setting, runs: Sequence[Run]) -> dict[R
     left = list(chunks([run for run in runs if not paths[run].exists()], args.at_once))
     with tqdm(total=setting.pretrain_epochs * len(left), desc="pre-training", unit="epoch") as bar:
         for chunk in left:
-            for run, model in zip(chunk, pretrain(setting, chunk, args.device, bar.update), strict=True):
+            for run, model in zip(
+                chunk, pretrain(setting, chunk, args.device, args.compiled, bar.update), strict=True
+            ):
                 unfinished = paths[run].with_suffix(".part")
                 torch.save(model.state_dict(), unfinished)
                 unfinished.rename(paths[run])
@@ -131,18 +134,20 @@ def estimate(args: Arguments, setting: Setting, runs: Sequence[Run]) -> None:
     print("| method | runs at once | ms a step | hours in all |\n|---|---|---|---|")
     for method in args.methods:
         for at_once in sorted({1, min(args.at_once, len(runs))}):
-            seconds = step_seconds(method, setting, runs[:at_once], args.device)
+            seconds = step_seconds(method, setting, runs[:at_once], args.device, args.compiled)
             steps = setting.epochs * math.ceil(setting.target_train / setting.batch_size)
             hours = seconds * steps * math.ceil(len(runs) / at_once) / 3600
             print(f"| {method} | {at_once} | {1000 * seconds:.1f} | {hours:.1f} |", flush=True)
 
 
-def step_seconds(method: str, setting: Setting, runs: Sequence[Run], device: str, steps: int = 2) -> float:
+def step_seconds(
+    method: str, setting: Setting, runs: Sequence[Run], device: str, compiled: bool, steps: int = 2
+) -> float:
     """Seconds of a training step of stacked `runs`, after as many to warm up."""
     zero = torch.zeros(1, INSTRUCTION_DIM)
     models = [attach(method, BACKBONES[setting.backbone](), zero).to(device) for _ in runs]
     data, _ = sample(runs, steps * setting.batch_size, 1, target=True, device=device)
-    training = Training(models, runs, data, setting.lr, setting.batch_size)
+    training = Training(models, runs, data, setting.lr, setting.batch_size, compiled)
     training.epoch()
     data.x.sum().item()  # waits for a GPU
     start = time.perf_counter()
