@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -308,6 +309,9 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, RECIPE / "run.py", "--quick", "--output_dir", tmp_path, "--methods", *methods]
     done = subprocess.run([*map(str, command), "--threads", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "deep-quick.md").read_text() in done.stdout
+    for name in ("curves", "gradients"):
+        assert (tmp_path / f"deep-quick-{name}.svg").read_text().endswith("</svg>\n")
     lines = results.read_text().splitlines()
     keys = [(record["method"], record["function"], record["seed"]) for record in map(json.loads, lines)]
     assert keys == [(method, function, 0) for method in methods for function in ("Ackley", "Sin-Cos")]
@@ -334,7 +338,7 @@ def test_runs_of_another_setting_are_not_taken_for_these(tmp_path, short):
 def test_the_estimate_counts_all_runs(short, capsys, monkeypatch):
     import run
 
-    monkeypatch.setattr(run, "step_seconds", lambda method, setting, runs, device: 1.0)
+    monkeypatch.setattr(run, "step_seconds", lambda method, setting, runs, device, compiled: 1.0)
     monkeypatch.setitem(run.SETTINGS, "deep", replace(short, epochs=1200, target_train=21))
     run.main(run.Arguments(estimate=True, methods=["lora"], at_once=15))
     assert "| lora | 1 | 1000.0 | 45.0 |\n| lora | 15 | 1000.0 | 3.0 |" in capsys.readouterr().out
@@ -350,3 +354,59 @@ def test_an_instruction_is_its_description_projected(monkeypatch):
     ackley, levy = (run.instruction(run.Run(name, 0), None) for name in embeds)
     assert ackley.shape == (1, INSTRUCTION_DIM)
     assert torch.equal(ackley, -levy) and ackley.norm() > 1
+
+
+# Report
+
+
+def finished(path, errors: dict[str, dict[str, list[float]]]) -> None:
+    """Records of runs by method and function, whose training error and test error are one number a seed."""
+    curve = {"curve": [[0, 1.0, 1.0], [1, 0.5, 0.5]], "gradient_norms": [[1.0, 2.0]], "concentration": [4 / 3]}
+    records = [
+        {"method": method, "function": function, "seed": seed, "train": error, "test": error + 1, **curve}
+        for method, by_function in errors.items()
+        for function, values in by_function.items()
+        for seed, error in enumerate(values)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_the_tables_stand_beside_the_papers(tmp_path):
+    from report import report
+
+    path = tmp_path / "deep.jsonl"
+    finished(path, {"lora": {"Ackley": [1.0, 3.0]}, "queryable": {"Ackley": [0.5, 1.2]}})
+    text = report(path)
+    assert "| train error | LoRA | ours |" in text
+    assert "| Ackley | 2 ± 1.4 [13.124] | **0.85 ± 0.49** [0.113] |" in text
+    assert "| Ackley | 3 ± 1.4 [13.227] | **1.85 ± 0.49** [0.673] |" in text
+
+
+def test_the_comparison_is_paired_by_seed(tmp_path):
+    """Ratios, differences and tests against scipy's and by hand; the order of the lines does not matter."""
+    from report import comparison, read
+    from scipy.stats import ttest_rel
+
+    path = tmp_path / "deep.jsonl"
+    lora, ours = [1.0, 2.0, 4.0], [0.5, 2.5, 1.0]
+    finished(path, {"lora": {"Levy": lora, "Ackley": ours}, "queryable": {"Levy": ours, "Ackley": lora}})
+    path.write_text("\n".join(reversed(path.read_text().splitlines())) + "\n")
+    text = comparison(read(path), "queryable")
+    ratio = (0.5 * 1.25 * 0.25) ** (1 / 3)
+    p = ttest_rel([math.log(e) for e in ours], [math.log(e) for e in lora]).pvalue
+    margin = statistics.stdev([-0.5, 0.5, -3.0]) / 3**0.5
+    assert f"| Levy | {ratio:.3g} | {p:.2g} | yes | -1 ± {margin:.2g} | better |" in text
+    assert f"| Ackley | {1 / ratio:.3g} | {p:.2g} | no | +1 ± {margin:.2g} | within one standard error |" in text
+    assert "best on 1 of 2" in text and "on 2, and better on 1." in text
+    assert "Over all 6 pairs the ratio of training errors is 1 " in text
+
+
+def test_the_papers_figures():
+    """Spot checks against the printed tables, by their corners."""
+    from paper import FIGURES
+
+    assert FIGURES["wide", "train"]["lora"]["Ackley"] == 0.0754
+    assert FIGURES["wide", "train"]["queryable"]["Styblinski-Tang"] == 0.3862
+    assert FIGURES["wide", "test"]["dora"]["Dropwave"] == 374.8006
+    assert FIGURES["deep", "train"]["hyra"]["Styblinski-Tang"] == math.inf
+    assert FIGURES["deep", "test"]["soap"]["Rastrigin"] == 156.795

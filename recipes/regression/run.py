@@ -34,6 +34,7 @@ import torch
 from backbones import BACKBONES
 from baselines import INSTRUCTION_DIM, METHODS, attach
 from functions import FUNCTIONS
+from report import report
 from torch import Tensor, nn
 from tqdm import tqdm
 from train import SETTINGS, Run, Setting, Training, adapt, pretrain, sample
@@ -92,6 +93,9 @@ def main(args: Arguments) -> None:
                 records = adapt(setting, method, chunk, copies, texts, args.device, args.compiled, bar.update)
                 with results.open("a") as file:
                     file.writelines(json.dumps({"setting": asdict(setting), **r}) + "\n" for r in records)
+    text = report(results)
+    results.with_suffix(".md").write_text(text)
+    print(text)
 
 
 def chunks(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:

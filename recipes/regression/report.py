@@ -1,0 +1,121 @@
+# /// script
+# dependencies = ["peft_queryable[recipes]"]
+# ///
+"""Tables and pictures of finished runs of recipes/regression/run.py, which calls it at its end.
+
+python recipes/regression/report.py outputs/regression/deep.jsonl
+
+Errors are means over the seeds, with their standard deviation; in brackets, the paper's. Comparisons are paired by
+seed: a seed has the same backbone and the same examples for every method.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from math import exp, log
+from pathlib import Path
+
+from functions import FUNCTIONS
+from paper import FIGURES
+from plots import plot_curves, plot_gradients
+from scipy.stats import ttest_rel, wilcoxon
+
+NAMES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "lily": "Lily",
+    "vblora": "VB-LoRA",
+    "replora": "RepLoRA",
+    "hyra": "HyRA",
+    "doran": "DoRAN",
+    "queryable": "ours",
+    "instruction": "ours, instruction",
+}
+OURS = ("queryable", "instruction")
+Results = dict[str, dict[str, dict[int, dict]]]  # records by method, function and seed
+
+
+def read(path: Path) -> Results:
+    results: Results = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        results.setdefault(record["method"], {}).setdefault(record["function"], {})[record["seed"]] = record
+    return {method: results[method] for method in NAMES if method in results}
+
+
+def errors(results: Results, method: str, function: str, kind: str) -> list[float]:
+    """Errors of a method by seed; `kind` is "train" or "test"."""
+    runs = results[method].get(function, {})
+    return [runs[seed][kind] for seed in sorted(runs)]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def error_table(results: Results, setting: str, kind: str) -> str:
+    """Mean errors and standard deviations, the best in bold, and the paper's figures."""
+    figures = FIGURES[setting, kind]
+    rows = []
+    for function in FUNCTIONS:
+        found = {method: errors(results, method, function, kind) for method in results}
+        means = {method: statistics.mean(values) for method, values in found.items() if values}
+        row = [function]
+        for method, values in found.items():
+            if not values:
+                row.append("")
+                continue
+            text = f"{means[method]:.4g} ± {statistics.stdev(values) if len(values) > 1 else 0:.2g}"
+            text = f"**{text}**" if means[method] == min(means.values()) else text
+            row.append(text + (f" [{figures[method][function]:g}]" if method in figures else ""))
+        if means:
+            rows.append(row)
+    return markdown([f"{kind} error", *map(NAMES.get, results)], rows)
+
+
+def comparison(results: Results, method: str) -> str:
+    """`method` beside LoRA, paired by seed, function by function and in all."""
+    rows, logs, best, no_worse, better = [], [], 0, 0, 0
+    others = [other for other in results if other not in OURS]
+    for function in FUNCTIONS:
+        train, lora = (errors(results, m, function, "train") for m in (method, "lora"))
+        test, lora_test = (errors(results, m, function, "test") for m in (method, "lora"))
+        if len(train) != len(lora) or len(train) < 2:
+            continue
+        ratios = [log(a / b) for a, b in zip(train, lora, strict=True)]
+        differences = [a - b for a, b in zip(test, lora_test, strict=True)]
+        mean = statistics.mean(differences)
+        margin = statistics.stdev(differences) / len(differences) ** 0.5
+        is_best = all(statistics.mean(train) < statistics.mean(errors(results, o, function, "train")) for o in others)
+        best, no_worse, better = best + is_best, no_worse + (mean <= margin), better + (mean < 0)
+        logs += ratios
+        p = ttest_rel([log(e) for e in train], [log(e) for e in lora]).pvalue
+        verdict = "better" if mean < 0 else "within one standard error" if mean <= margin else "worse"
+        ratio, difference = f"{exp(statistics.mean(ratios)):.3g}", f"{mean:+.3g} ± {margin:.2g}"
+        rows.append([function, ratio, f"{p:.2g}", "yes" if is_best else "no", difference, verdict])
+    header = [f"{NAMES[method]} and LoRA", "train error, ratio", "p (paired t of logs)", "best in training error"]
+    table = markdown([*header, "test error, difference", "test"], rows)
+    if not rows:
+        return table
+    return (
+        f"{table}\n\nIn training error best on {best} of {len(rows)}; in test error no worse than LoRA, within one "
+        f"standard error, on {no_worse}, and better on {better}. Over all {len(logs)} pairs the ratio of training "
+        f"errors is {exp(statistics.mean(logs)):.3g} (p = {wilcoxon(logs).pvalue:.2g}, Wilcoxon's signed-rank test)."
+    )
+
+
+def report(path: Path) -> str:
+    """All tables of the runs in `path`, in Markdown, with pictures beside it."""
+    results, setting = read(path), path.stem.removesuffix("-quick")
+    parts = [error_table(results, setting, kind) for kind in ("train", "test")]
+    if "lora" in results:
+        parts += [comparison(results, method) for method in OURS if method in results]
+    draws: list[Callable[[Results, Path], None]] = [plot_curves, plot_gradients]
+    for draw in draws:
+        draw(results, path)
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(report(Path(sys.argv[1])))
