@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,8 +141,8 @@ def store_state(cache: Cache, key: tuple[str, str], state: RoutingState) -> None
     if not hasattr(cache, _ATTRIBUTE):
         setattr(cache, _ATTRIBUTE, {})
         for method in (_reorder_cache, _batch_repeat_interleave, _batch_select_indices, _crop, _reset):
-            # A bound method is copied with its object, so a deepcopy of the cache carries a copy of the state.
-            setattr(cache, method.__name__[1:], MethodType(method, cache))
+            # A deepcopy of the cache copies the partial with it, and so carries a copy of the state.
+            setattr(cache, method.__name__[1:], partial(method, cache))
     getattr(cache, _ATTRIBUTE)[key] = state
 
 

@@ -253,9 +253,10 @@ def _outer(weights: Tensor, states: Tensor) -> Tensor:
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Entered only under autocast, as it costs as much as the operations in it, and as some devices have none."""
+    """Entered only under autocast: it costs as much as the operations in it, and the meta device has none."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def _linear(layer: nn.Linear | None, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import adapted, llama, randomise, token_ids
@@ -80,6 +82,21 @@ def test_generation_with_a_static_cache(scope):
     compiled = model.generate(ids, generation_config=config)
     assert counters["stats"]["unique_graphs"] > 0
     assert torch.equal(compiled, eager)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_call_that_makes_its_own_cache(scope):
+    """One full graph fills a new cache; eager steps go on from it, and a copy of it carries a state of its own."""
+    torch._dynamo.reset()
+    model, ids = build(scope).eval(), token_ids(2, 6)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=True)
+        result = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=ids, use_cache=True)
+        torch.testing.assert_close(result.logits, expected.logits)
+        caches = [copy.deepcopy(result.past_key_values), result.past_key_values, expected.past_key_values]
+        steps = [model(input_ids=ids[:, :1], past_key_values=cache).logits for cache in caches]
+    for step in steps[:2]:
+        torch.testing.assert_close(step, steps[2])
 
 
 def torch_compile_config():
