@@ -136,8 +136,9 @@ class Linear(nn.Module, QueryableLoraLayer):
         update = F.linear(states, lora_B.weight, bias)
         if update.shape != result.shape:
             update = update.view(result.shape)
-        # In place, which spares a tensor of the output's size; in the wider of the two dtypes, as LoRA's sum is.
-        return update.to(torch.promote_types(update.dtype, result.dtype)).add_(result)
+        if update.dtype != result.dtype:  # the sum is of the wider dtype, as LoRA's
+            return update + result
+        return update.add_(result)  # in place, which spares a tensor of the output's size
 
     def _gate(self, adapter: str, states: Tensor, constants: dict[int, Any] | None) -> Tensor | float:
         """g = sigmoid(eta), [1] as `states`; in the steps of a cache a number, read once."""

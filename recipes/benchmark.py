@@ -10,8 +10,8 @@ python recipes/benchmark.py --write_docs
 python recipes/benchmark.py --device cuda --dtype bfloat16 --modes eager compile \
     --methods base lora sequence prompt causal
 
-# Where the time goes: operators of `generate` and of a training step, beside plain LoRA's
-python recipes/benchmark.py --profile
+# Where the time goes: the operators of a step, beside plain LoRA's
+python recipes/benchmark.py --profile --models SmolLM2-135M --methods causal --works decode_1
 
 # A tiny model and few rounds, to see that it runs
 python recipes/benchmark.py --quick
@@ -39,7 +39,7 @@ def main(args: Arguments) -> None:
     torch.set_num_threads(args.threads)
     torch._dynamo.config.recompile_limit = 64  # all methods share the code of the base model
     if args.profile:
-        write_profiles(setups(args), output)
+        write_profiles(setups(args), args.methods, args.works, output)
         return
     results = read_results(output / "benchmark.json", settings(args))
     measurements = sections(args)

@@ -2,25 +2,24 @@
 
 from pathlib import Path
 
-from benchmark_methods import SCOPES, Setup, adapted, base_model
+from benchmark_methods import INSTRUCTED, SCOPES, Setup, adapted, base_model
 from benchmark_report import markdown_table
 from benchmark_work import WORKS
 from torch.profiler import ProfilerActivity, profile
 
-STEPS = 5  # of each work, profiled together
 ROWS = 15
 
 
-def write_profiles(setups: list[Setup], folder: Path) -> None:
-    """Print and save a table for each model, work and scope."""
+def write_profiles(setups: list[Setup], methods: list[str], works: list[str], folder: Path) -> None:
+    """Print and save a table for each model, work and method of ours."""
     for setup in setups:
         base = base_model(setup)
-        for work in ("decode_1", "train"):
+        for work in works:
             lora = operators("lora", base, setup, work)
-            for scope in SCOPES:
-                text = comparison(lora, operators(scope, base, setup, work))
-                title = f"{setup.model}, {work}: milliseconds of {STEPS} runs in {scope} and in LoRA"
-                (folder / f"profile-{setup.model}-{work}-{scope}.md").write_text(f"{title}\n\n{text}\n")
+            for method in (method for method in methods if method in (*SCOPES, *INSTRUCTED)):
+                text = comparison(lora, operators(method, base, setup, work))
+                title = f"{setup.model}, {work}: milliseconds of one run in {method} and in LoRA"
+                (folder / f"profile-{setup.model}-{work}-{method}.md").write_text(f"{title}\n\n{text}\n")
                 print(f"\n{title}\n\n{text}")
 
 
@@ -31,8 +30,7 @@ def operators(method: str, base, setup: Setup, work: str) -> dict[str, tuple[int
     on_gpu = setup.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
-        for _ in range(STEPS):
-            run()
+        run()
     return {
         event.key: (event.count, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000)
         for event in profiler.key_averages()

@@ -2,9 +2,11 @@
 
 import re
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmark_methods import INSTRUCTED, SCOPES
+from benchmark_plan import Arguments
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
@@ -120,9 +122,18 @@ def ratio_cell(numbers: dict[str, float], method: str, target: float | None) -> 
     return judged(numbers[method] / numbers["lora"], target) if method in numbers else ""
 
 
+def command(settings: dict) -> str:
+    """The command of a run, by the arguments that differ from their defaults."""
+    defaults = asdict(Arguments())
+    chosen = {name: value for name, value in settings.items() if name in defaults and value != defaults[name]}
+    words = [f"--{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in chosen.items()]
+    return " ".join(["python recipes/benchmark.py", *words])
+
+
 def conditions(settings: dict) -> str:
     """What the numbers of a run depend on."""
     return (
+        f"```bash\n{command(settings)}\n```\n\n"
         f"{settings['machine']}, threads: {settings['threads']}, {settings['dtype']}, torch {settings['torch']}; "
         f"{settings['rounds']} rounds; {settings['batch']} rows of {settings['length']} tokens in prefill and "
         f"training, {settings['new_tokens']} new tokens after {settings['prompt']} in decoding. Ratios are medians "

@@ -50,6 +50,7 @@ def test_the_tables_hold_the_figures(benchmark):
     output, stdout, sections = benchmark
     text = (output / "benchmark.md").read_text()
     assert text in stdout
+    assert f"```bash\npython recipes/benchmark.py --models tiny --methods {' '.join(METHODS)} " in text
     for work in WORKS:
         seconds = sections[f"tiny/eager/{work}"]["seconds"]
         for method, baseline in (("causal", "lora"), ("causal+instruction", "causal")):
@@ -78,6 +79,20 @@ def test_a_run_goes_on_where_it_stopped(benchmark, recipe, capsys):
     main(Arguments(output_dir=str(output), **chosen | QUICK))
     assert capsys.readouterr().out == stdout  # with the numbers that were there
     assert json.loads((output / "benchmark.json").read_text())["sections"].keys() == sections.keys()
+
+
+def test_a_profile_counts_operators(recipe, tmp_path, capsys):
+    """A run of ours beside LoRA's: one product more a module, and no scaling of its output."""
+    from benchmark import main
+    from benchmark_plan import QUICK, Arguments
+
+    chosen = {"methods": ["lora", "prompt"], "works": ["prefill"], "threads": 1, "profile": True}
+    main(Arguments(output_dir=str(tmp_path), **chosen | QUICK))
+    text = (tmp_path / "profile-tiny-prefill-prompt.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = {cells[1].strip(): cells[2:4] for line in text.splitlines() if len(cells := line.split("|")) > 4}
+    ours, lora = (int(count) for count in rows["aten::baddbmm"])
+    assert (ours, lora) == (7 * 4, 0)  # modules of four layers
 
 
 def test_a_run_with_other_settings_is_not_gone_on_with(recipe, tmp_path):

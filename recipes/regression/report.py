@@ -105,10 +105,22 @@ def comparison(results: Results, method: str) -> str:
     )
 
 
+def plateaus(results: Results) -> str:
+    """How many runs a method leaves where they began, and the gradient that reaches the first adapted layer."""
+    rows = []
+    for method, by_function in results.items():
+        runs = [run for by_seed in by_function.values() for run in by_seed.values()]
+        stuck = sum(run["train"] > 0.9 * run["curve"][0][1] for run in runs)
+        early = statistics.median(run["gradient_norms"][0][0] for run in runs)
+        rows.append([NAMES[method], f"{stuck} of {len(runs)}", f"{early:.1e}"])
+    gradient = f"first layer's gradient norm at epoch {runs[0]['curve'][1][0]}, median"
+    return markdown(["method", "runs that lowered the training error by less than a tenth", gradient], rows)
+
+
 def report(path: Path) -> str:
     """All tables of the runs in `path`, in Markdown, with pictures beside it."""
     results, setting = read(path), path.stem.removesuffix("-quick")
-    parts = [error_table(results, setting, kind) for kind in ("train", "test")]
+    parts = [*(error_table(results, setting, kind) for kind in ("train", "test")), plateaus(results)]
     if "lora" in results:
         parts += [comparison(results, method) for method in OURS if method in results]
     draws: list[Callable[[Results, Path], None]] = [plot_curves, plot_gradients]
