@@ -411,3 +411,19 @@ def test_the_papers_figures():
     assert FIGURES["wide", "test"]["dora"]["Dropwave"] == 374.8006
     assert FIGURES["deep", "train"]["hyra"]["Styblinski-Tang"] == math.inf
     assert FIGURES["deep", "test"]["soap"]["Rastrigin"] == 156.795
+
+
+def test_the_page_takes_the_tables_of_a_setting(tmp_path, monkeypatch):
+    import report
+
+    page = tmp_path / "regression.md"
+    page.write_text((RECIPE.parents[1] / "docs/regression.md").read_text())
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    for name in ("curves", "gradients"):
+        (tmp_path / f"deep-{name}.svg").write_text("<svg/>")
+    for table in ("| a table |", "| another |"):
+        report.write_docs(table, tmp_path / "deep.jsonl")
+    before, _, after = page.read_text().partition("| another |\n\n![curves](regression-deep-curves.svg)\n")
+    assert "## The deep setting" in before and "## Not done yet" in after
+    assert "| a table |" not in before + after
+    assert (tmp_path / "regression-deep-gradients.svg").read_text() == "<svg/>"

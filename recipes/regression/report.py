@@ -5,6 +5,9 @@
 
 python recipes/regression/report.py outputs/regression/deep.jsonl
 
+# Into docs/regression.md, too
+python recipes/regression/report.py outputs/regression/deep.jsonl --write_docs
+
 Errors are means over the seeds, with their standard deviation; in brackets, the paper's. Comparisons are paired by
 seed: a seed has the same backbone and the same examples for every method.
 """
@@ -21,6 +24,7 @@ from paper import FIGURES
 from plots import plot_curves, plot_gradients
 from scipy.stats import ttest_rel, wilcoxon
 
+DOCS = Path(__file__).parents[2] / "docs"
 NAMES = {
     "lora": "LoRA",
     "dora": "DoRA",
@@ -129,5 +133,26 @@ def report(path: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def write_docs(text: str, path: Path) -> None:
+    """Put the tables of the runs in `path` into their place in docs/regression.md, and the pictures beside it."""
+    page, setting = DOCS / "regression.md", path.stem
+    pictures = []
+    for name in ("curves", "gradients"):
+        (DOCS / f"regression-{setting}-{name}.svg").write_text(path.with_name(f"{setting}-{name}.svg").read_text())
+        pictures.append(f"![{name}](regression-{setting}-{name}.svg)")
+    start, end = (f"<!-- {edge} of recipes/regression/report.py {setting} -->" for edge in ("start", "end"))
+    before, _, rest = page.read_text().partition(start)
+    _, found, after = rest.partition(end)
+    assert found, f"{page} has no place for {setting}"
+    page.write_text("\n\n".join([f"{before}{start}", text.strip(), *pictures, f"{end}{after}"]))
+
+
+def main(path: Path, *options: str) -> None:
+    text = report(path)
+    print(text)
+    if "--write_docs" in options:
+        write_docs(text, path)
+
+
 if __name__ == "__main__":
-    print(report(Path(sys.argv[1])))
+    main(Path(sys.argv[1]), *sys.argv[2:])
