@@ -8,6 +8,18 @@ matplotlib.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
 import numpy as np
 
+NAMES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "lily": "Lily",
+    "vblora": "VB-LoRA",
+    "replora": "RepLoRA",
+    "hyra": "HyRA",
+    "doran": "DoRAN",
+    "queryable": "ours",
+    "instruction": "ours, instruction",
+}
+
 
 def plot_curves(results: dict, path: Path) -> None:
     """Training error over epochs: a panel a function, a line a method, geometric means over the seeds."""
@@ -18,7 +30,7 @@ def plot_curves(results: dict, path: Path) -> None:
             if runs := list(by_function.get(function, {}).values()):
                 curves = np.array([run["curve"] for run in runs])  # [seeds, points, 3]
                 logs = np.log10(curves[..., 1])
-                axes.plot(curves[0, :, 0], 10 ** logs.mean(0), label=method, color=f"C{place}", linewidth=1)
+                axes.plot(curves[0, :, 0], 10 ** logs.mean(0), label=NAMES[method], color=f"C{place}", linewidth=1)
                 axes.fill_between(
                     curves[0, :, 0], 10 ** logs.min(0), 10 ** logs.max(0), color=f"C{place}", alpha=0.15, linewidth=0
                 )
@@ -35,9 +47,11 @@ def plot_gradients(results: dict, path: Path) -> None:
     for method, by_function in results.items():
         runs = [run for by_seed in by_function.values() for run in by_seed.values()]
         last = np.array([run["gradient_norms"][-1] for run in runs])
-        norms.plot(np.arange(1, last.shape[1] + 1), np.median(last, 0), marker=".", label=method)
+        norms.plot(np.arange(1, last.shape[1] + 1), np.median(last, 0), marker=".", label=NAMES[method])
         epochs = [point[0] for point in runs[0]["curve"][1:]]
-        concentration.plot(epochs, np.nanmedian([run["concentration"] for run in runs], 0), label=method, linewidth=1)
+        concentration.plot(
+            epochs, np.nanmedian([run["concentration"] for run in runs], 0), label=NAMES[method], linewidth=1
+        )
     norms.set(yscale="log", xlabel="layer", ylabel="gradient norm after training")
     concentration.set(xlabel="epoch", ylabel="gradient concentration index")
     norms.legend(fontsize=7)

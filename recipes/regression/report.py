@@ -21,21 +21,10 @@ from pathlib import Path
 
 from functions import FUNCTIONS
 from paper import FIGURES
-from plots import plot_curves, plot_gradients
+from plots import NAMES, plot_curves, plot_gradients
 from scipy.stats import ttest_rel, wilcoxon
 
 DOCS = Path(__file__).parents[2] / "docs"
-NAMES = {
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "lily": "Lily",
-    "vblora": "VB-LoRA",
-    "replora": "RepLoRA",
-    "hyra": "HyRA",
-    "doran": "DoRAN",
-    "queryable": "ours",
-    "instruction": "ours, instruction",
-}
 OURS = ("queryable", "instruction")
 Results = dict[str, dict[str, dict[int, dict]]]  # records by method, function and seed
 
