@@ -372,7 +372,7 @@ def finished(path, errors: dict[str, dict[str, list[float]]]) -> None:
 
 
 def test_the_tables_stand_beside_the_papers(tmp_path):
-    from report import report
+    from tables import report
 
     path = tmp_path / "deep.jsonl"
     finished(path, {"lora": {"Ackley": [1.0, 3.0]}, "queryable": {"Ackley": [0.5, 1.2]}})
@@ -385,8 +385,8 @@ def test_the_tables_stand_beside_the_papers(tmp_path):
 
 def test_the_comparison_is_paired_by_seed(tmp_path):
     """Ratios, differences and tests against scipy's and by hand; the order of the lines does not matter."""
-    from report import comparison, read
     from scipy.stats import ttest_rel
+    from tables import comparison, read
 
     path = tmp_path / "deep.jsonl"
     lora, ours = [1.0, 2.0, 4.0], [0.5, 2.5, 1.0]
@@ -414,15 +414,15 @@ def test_the_papers_figures():
 
 
 def test_the_page_takes_the_tables_of_a_setting(tmp_path, monkeypatch):
-    import report
+    import tables
 
     page = tmp_path / "regression.md"
     page.write_text((RECIPE.parents[1] / "docs/regression.md").read_text())
-    monkeypatch.setattr(report, "DOCS", tmp_path)
+    monkeypatch.setattr(tables, "DOCS", tmp_path)
     for name in ("curves", "gradients"):
         (tmp_path / f"deep-{name}.svg").write_text("<svg/>")
     for table in ("| a table |", "| another |"):
-        report.write_docs(table, tmp_path / "deep.jsonl")
+        tables.write_docs(table, tmp_path / "deep.jsonl")
     before, _, after = page.read_text().partition("| another |\n\n![curves](regression-deep-curves.svg)\n")
     assert "## The deep setting" in before and "## Not done yet" in after
     assert "| a table |" not in before + after

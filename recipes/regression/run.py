@@ -34,7 +34,7 @@ import torch
 from backbones import BACKBONES
 from baselines import INSTRUCTION_DIM, METHODS, attach
 from functions import FUNCTIONS
-from report import report
+from tables import report
 from torch import Tensor, nn
 from tqdm import tqdm
 from train import SETTINGS, Run, Setting, Training, adapt, pretrain, sample

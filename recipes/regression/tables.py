@@ -3,10 +3,10 @@
 # ///
 """Tables and pictures of finished runs of recipes/regression/run.py, which calls it at its end.
 
-python recipes/regression/report.py outputs/regression/deep.jsonl
+python recipes/regression/tables.py outputs/regression/deep.jsonl
 
 # Into docs/regression.md, too
-python recipes/regression/report.py outputs/regression/deep.jsonl --write_docs
+python recipes/regression/tables.py outputs/regression/deep.jsonl --write_docs
 
 Errors are means over the seeds, with their standard deviation; in brackets, the paper's. Comparisons are paired by
 seed: a seed has the same backbone and the same examples for every method.
@@ -129,7 +129,7 @@ def write_docs(text: str, path: Path) -> None:
     for name in ("curves", "gradients"):
         (DOCS / f"regression-{setting}-{name}.svg").write_text(path.with_name(f"{setting}-{name}.svg").read_text())
         pictures.append(f"![{name}](regression-{setting}-{name}.svg)")
-    start, end = (f"<!-- {edge} of recipes/regression/report.py {setting} -->" for edge in ("start", "end"))
+    start, end = (f"<!-- {edge} of recipes/regression/tables.py {setting} -->" for edge in ("start", "end"))
     before, _, rest = page.read_text().partition(start)
     _, found, after = rest.partition(end)
     assert found, f"{page} has no place for {setting}"
