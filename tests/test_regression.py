@@ -402,6 +402,21 @@ def test_the_comparison_is_paired_by_seed(tmp_path):
     assert "Over all 6 pairs the ratio of training errors is 1 " in text
 
 
+def test_diverged_and_missing_runs_have_their_place(tmp_path):
+    """A run that diverged counts as infinite, one that is not there is left out; neither stops the report."""
+    from tables import report
+
+    path = tmp_path / "deep.jsonl"
+    ours = {"Ackley": [0.5, 1.2], "Levy": [1.0, 2.0]}
+    finished(
+        path,
+        {"lora": {"Ackley": [1.0, math.inf], "Levy": [3.0, 5.0]}, "dora": {"Levy": [0.1, 0.2]}, "queryable": ours},
+    )
+    text = report(path)
+    assert "| Ackley | inf [13.124] |  | **0.85 ± 0.49** [0.113] |" in text
+    assert "| Ackley | 0 |" in text and "best on 1 of 2" in text
+
+
 def test_the_papers_figures():
     """Spot checks against the printed tables, by their corners."""
     from paper import FIGURES

@@ -15,14 +15,13 @@ seed: a seed has the same backbone and the same examples for every method.
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from math import exp, log
+from math import exp, isfinite, log, nan
 from pathlib import Path
 
 from functions import FUNCTIONS
 from paper import FIGURES
 from plots import NAMES, plot_curves, plot_gradients
-from scipy.stats import ttest_rel, wilcoxon
+from scipy.stats import ttest_1samp, wilcoxon
 
 DOCS = Path(__file__).parents[2] / "docs"
 OURS = ("queryable", "instruction")
@@ -59,7 +58,8 @@ def error_table(results: Results, setting: str, kind: str) -> str:
             if not values:
                 row.append("")
                 continue
-            text = f"{means[method]:.4g} ± {statistics.stdev(values) if len(values) > 1 else 0:.2g}"
+            is_spread = len(values) > 1 and isfinite(means[method])
+            text = f"{means[method]:.4g}" + (f" ± {statistics.stdev(values):.2g}" if is_spread else "")
             text = f"**{text}**" if means[method] == min(means.values()) else text
             row.append(text + (f" [{figures[method][function]:g}]" if method in figures else ""))
         if means:
@@ -76,14 +76,16 @@ def comparison(results: Results, method: str) -> str:
         test, lora_test = (errors(results, m, function, "test") for m in (method, "lora"))
         if len(train) != len(lora) or len(train) < 2:
             continue
-        ratios = [log(a / b) for a, b in zip(train, lora, strict=True)]
+        ratios = [log(a) - log(b) for a, b in zip(train, lora, strict=True)]
         differences = [a - b for a, b in zip(test, lora_test, strict=True)]
         mean = statistics.mean(differences)
-        margin = statistics.stdev(differences) / len(differences) ** 0.5
-        is_best = all(statistics.mean(train) < statistics.mean(errors(results, o, function, "train")) for o in others)
+        # A diverged run is infinitely far away, and leaves no spread to speak of.
+        margin = statistics.stdev(differences) / len(differences) ** 0.5 if isfinite(mean) else 0.0
+        rivals = [e for e in (errors(results, other, function, "train") for other in others) if e]
+        is_best = all(statistics.mean(train) < statistics.mean(rival) for rival in rivals)
         best, no_worse, better = best + is_best, no_worse + (mean <= margin), better + (mean < 0)
         logs += ratios
-        p = ttest_rel([log(e) for e in train], [log(e) for e in lora]).pvalue
+        p = ttest_1samp(ratios, 0).pvalue if all(map(isfinite, ratios)) else nan
         verdict = "better" if mean < 0 else "within one standard error" if mean <= margin else "worse"
         ratio, difference = f"{exp(statistics.mean(ratios)):.3g}", f"{mean:+.3g} ± {margin:.2g}"
         rows.append([function, ratio, f"{p:.2g}", "yes" if is_best else "no", difference, verdict])
@@ -116,9 +118,8 @@ def report(path: Path) -> str:
     parts = [*(error_table(results, setting, kind) for kind in ("train", "test")), plateaus(results)]
     if "lora" in results:
         parts += [comparison(results, method) for method in OURS if method in results]
-    draws: list[Callable[[Results, Path], None]] = [plot_curves, plot_gradients]
-    for draw in draws:
-        draw(results, path)
+    plot_curves(results, path)
+    plot_gradients(results, path)
     return "\n\n".join(parts) + "\n"
 
 
