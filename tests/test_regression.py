@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_optimizer import SOAP
 from torch import nn
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "regression"
-METHODS = ["lora", "dora", "lily", "vblora", "replora", "hyra", "doran", "queryable", "instruction"]
+ADAPTERS = ["lora", "dora", "lily", "vblora", "replora", "hyra", "doran", "queryable", "instruction"]
+VARIANTS = ["state_only", "one_atom", "shut_gates", "prior*10.0", "num_blocks=16", "bank_lr*10.0", "no_decay"]
 # Where each function is lowest, Langermann highest, and the value there.
 OPTIMA = {
     "Ackley": ([0.0, 0.0], 0.0),
@@ -145,7 +147,7 @@ def test_source_target_and_halves_are_different_points():
 
 
 @pytest.mark.parametrize("setting", ["wide", "deep"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_parameters_are_within_10_percent_of_lora(method, setting):
     from backbones import BACKBONES
     from baselines import INSTRUCTION_DIM, attach
@@ -157,7 +159,7 @@ def test_parameters_are_within_10_percent_of_lora(method, setting):
 
 
 @pytest.mark.parametrize("backbone", [lambda: wide(256), deep], ids=["wide", "deep"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTERS + VARIANTS)
 def test_an_adapter_starts_as_its_base_and_learns_alone(method, backbone):
     from baselines import INSTRUCTION_DIM, attach
 
@@ -217,7 +219,19 @@ def short(monkeypatch):
     return replace(train.SETTINGS["deep"], batch_size=8, **SHORT)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def ordinary_optimizer(method, model, lr):
+    if method == "soap":
+        return SOAP(model.parameters(), lr=lr)
+    groups = [{"params": [p], "lr": lr, "weight_decay": 0.01} for p in trainable(model).values()]
+    for name, group in zip(trainable(model), groups, strict=True):
+        if method == "bank_lr*10.0" and ("atoms" in name or "keys" in name):
+            group["lr"] = 10 * lr
+        if method == "no_decay" and ("gate" in name or "keys" in name):
+            group["weight_decay"] = 0.0
+    return torch.optim.AdamW(groups)
+
+
+@pytest.mark.parametrize("method", ["soap", *ADAPTERS, *VARIANTS])
 def test_stacked_runs_are_runs_one_by_one(short, method):
     """Trained together as apart, and as by an ordinary loop over an ordinary module."""
     from baselines import INSTRUCTION_DIM, attach
@@ -241,7 +255,7 @@ def test_stacked_runs_are_runs_one_by_one(short, method):
         torch.manual_seed(run.seed)
         model = attach(method, model, embedding)
         data, test = sample([run], short.target_train, short.target_test, True, "cpu")
-        optimizer = torch.optim.AdamW([*trainable(model).values()], lr=short.lr)
+        optimizer = ordinary_optimizer(method, model, short.lr)
         shuffle = torch.Generator().manual_seed(run.seed)
         for _ in range(short.epochs):
             for rows in torch.randperm(short.target_train, generator=shuffle).split(short.batch_size):
@@ -254,7 +268,7 @@ def test_stacked_runs_are_runs_one_by_one(short, method):
 
 def test_stacking_leaves_the_models_alone():
     from baselines import attach
-    from train import Stacked
+    from stacked import Stacked
 
     models = [attach("replora", deep(), None) for _ in range(2)]
     x = torch.randn(2, 9, 2)
@@ -265,7 +279,7 @@ def test_stacking_leaves_the_models_alone():
 
 def test_gradient_norms_are_those_of_the_layers():
     from baselines import attach
-    from train import Data, Stacked
+    from stacked import Data, Stacked
 
     models = [attach("lora", deep(), None) for _ in range(2)]
     data = Data(torch.randn(2, 9, 2), torch.randn(2, 9))
@@ -276,6 +290,70 @@ def test_gradient_norms_are_those_of_the_layers():
         layers = model.base_model.model.layers
         expected = [math.hypot(*(p.grad.norm().item() for p in trainable(layer).values())) for layer in layers]
         assert stacked.gradient_norms()[:, i].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-12)
+
+
+def test_a_variant_differs_in_what_it_says():
+    from baselines import attach
+    from variants import VARIANTS
+
+    ours, static = attach("queryable", deep()), attach("prior_only", deep())
+    assert {name.split(".")[-2] for name in trainable(static)} == {"default", "atoms", "keys", "prior"}
+    assert len(trainable(static)) < len(trainable(ours))
+    assert attach("router_dim=4", deep()).peft_config["default"].router_dim == 4
+
+    torch.manual_seed(0)
+    keys = trainable(attach("queryable", deep()))["base_model.queryable_lora_router.default.keys.weight"]
+    torch.manual_seed(0)
+    larger = trainable(attach("keys*10.0", deep()))["base_model.queryable_lora_router.default.keys.weight"]
+    torch.testing.assert_close(larger, 10 * keys)
+
+    parts = {part for v in VARIANTS.values() for part in (*v.lr_factors, *v.weight_decays)}
+    assert all(any(part in name for name in trainable(ours)) for part in parts)
+
+
+def test_shut_gates_leave_lora():
+    from baselines import attach
+
+    model = attach("shut_gates", deep())
+    for name, parameter in trainable(model).items():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    assert not any("gate" in name for name in trainable(model))
+    lora = attach("lora", deep())
+    lora.load_state_dict({name: model.state_dict()[name] for name in lora.state_dict()})
+    x = torch.randn(7, 2)
+    torch.testing.assert_close(model(x), lora(x))
+
+
+def test_routes_of_stacked_models_are_theirs():
+    from baselines import attach
+    from stacked import Stacked
+
+    from peft_queryable import record_routing
+
+    models = [attach("queryable", deep()) for _ in range(2)]
+    x = torch.randn(2, 9, 2)
+    routes = Stacked(models).routes(x)
+    assert routes.shape == (2, 4, 9, 8)
+    for model, points, found in zip(models, x, routes, strict=True):
+        with record_routing(model) as trace:
+            model(points)
+        for block, weights in trace.weights().items():
+            torch.testing.assert_close(found[block], weights)
+
+
+def test_route_statistics():
+    """A router that decides by block alone, one that decides by example alone, and one that leaves all open."""
+    from routing import route_statistics
+
+    eye, n = torch.eye(4), 8
+    by_block = eye[:2, None].expand(2, n, 4)
+    by_example = eye[torch.arange(n) % 4].expand(2, n, 4)
+    open_ = torch.full((2, n, 4), 0.25)
+    expected = [(0, 0, math.log(2), 2), (0, math.log(4), 0, 0), (math.log(4), 0, 0, 0)]
+    for found, values in zip(route_statistics(torch.stack([by_block, by_example, open_])), expected, strict=True):
+        assert list(found) == ["entropy", "by_example", "by_block", "dead"]
+        assert list(found.values()) == pytest.approx(values, abs=1e-6)
 
 
 def test_summary():
@@ -307,17 +385,17 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
 
     methods, results = ["lora", "queryable", "doran"], tmp_path / "deep-quick.jsonl"
     command = [sys.executable, RECIPE / "run.py", "--quick", "--output_dir", tmp_path, "--methods", *methods]
-    done = subprocess.run([*map(str, command), "--threads", "1"], capture_output=True, text=True)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "deep-quick.md").read_text() in done.stdout
-    for name in ("curves", "gradients"):
+    for name in ("curves", "gradients", "routes"):
         assert (tmp_path / f"deep-quick-{name}.svg").read_text().endswith("</svg>\n")
     lines = results.read_text().splitlines()
     keys = [(record["method"], record["function"], record["seed"]) for record in map(json.loads, lines)]
     assert keys == [(method, function, 0) for method in methods for function in ("Ackley", "Sin-Cos")]
-    assert [point[0] for point in json.loads(lines[0])["curve"]] == [0, 1, 2]
+    assert [point[0] for point in json.loads(lines[0])["curve"]] == [0, 2]
     results.write_text("\n".join(lines[:2] + lines[3:]) + "\n")
-    run.main(run.Arguments(str(tmp_path), methods=methods, threads=1, quick=True, **run.QUICK))
+    run.main(run.Arguments(str(tmp_path), methods=methods, quick=True, **run.QUICK))
     again = results.read_text().splitlines()
     assert again[:-1] == lines[:2] + lines[3:]
     missing, redone = json.loads(lines[2]), json.loads(again[-1])
@@ -336,9 +414,10 @@ def test_runs_of_another_setting_are_not_taken_for_these(tmp_path, short):
 
 
 def test_the_estimate_counts_all_runs(short, capsys, monkeypatch):
+    import estimate
     import run
 
-    monkeypatch.setattr(run, "step_seconds", lambda method, setting, runs, device, compiled: 1.0)
+    monkeypatch.setattr(estimate, "step_seconds", lambda method, setting, runs, device, compiled: 1.0)
     monkeypatch.setitem(run.SETTINGS, "deep", replace(short, epochs=1200, target_train=21))
     run.main(run.Arguments(estimate=True, methods=["lora"], at_once=15))
     assert "| lora | 1 | 1000.0 | 45.0 |\n| lora | 15 | 1000.0 | 3.0 |" in capsys.readouterr().out
@@ -362,8 +441,11 @@ def test_an_instruction_is_its_description_projected(monkeypatch):
 def finished(path, errors: dict[str, dict[str, list[float]]]) -> None:
     """Records of runs by method and function, whose training error and test error are one number a seed."""
     curve = {"curve": [[0, 1.0, 1.0], [1, 0.5, 0.5]], "gradient_norms": [[1.0, 2.0]], "concentration": [4 / 3]}
+    told = [{"entropy": 0.5, "by_example": 0.25, "by_block": 0.125, "dead": 1}]
+    routes = {method: {"routes": [None] if method == "lora" else told} for method in errors}
     records = [
         {"method": method, "function": function, "seed": seed, "train": error, "test": error + 1, **curve}
+        | routes[method]
         for method, by_function in errors.items()
         for function, values in by_function.items()
         for seed, error in enumerate(values)
@@ -417,6 +499,22 @@ def test_diverged_and_missing_runs_have_their_place(tmp_path):
     assert "| Ackley | 0 |" in text and "best on 1 of 2" in text
 
 
+def test_variants_stand_beside_ours(tmp_path):
+    from scipy.stats import wilcoxon
+    from tables import report
+
+    path = tmp_path / "deep-500.jsonl"
+    dense = {"Levy": [0.5, 3.0], "Ackley": [4.0]}
+    finished(path, {"lora": {"Levy": [4.0, 4.0]}, "queryable": {"Levy": [1.0, 2.0]}, "all_atoms": dense})
+    text = report(path)
+    ratio, test = (0.5 * 1.5) ** 0.5, (1.5 / 2 * 4 / 3) ** 0.5  # the run without a partner is left out
+    p = wilcoxon([math.log(0.5), math.log(1.5)]).pvalue
+    routes = "0.50 | 0.25 | 0.12 | 1.00"
+    assert f"| `all_atoms` | {ratio:.3g} | {test:.3g} | {p:.2g} | 1 of 2 | {routes} |" in text
+    assert f"| ours | 1 | 1 |  | 2 of 2 | {routes} |" in text
+    assert f"| LoRA | {8**0.5:.3g} |" in text and "[13.124]" not in text
+
+
 def test_the_papers_figures():
     """Spot checks against the printed tables, by their corners."""
     from paper import FIGURES
@@ -438,7 +536,7 @@ def test_the_page_takes_the_tables_of_a_setting(tmp_path, monkeypatch):
         (tmp_path / f"deep-{name}.svg").write_text("<svg/>")
     for table in ("| a table |", "| another |"):
         tables.write_docs(table, tmp_path / "deep.jsonl")
-    before, _, after = page.read_text().partition("| another |\n\n![curves](regression-deep-curves.svg)\n")
+    before, _, after = page.read_text().partition("| another |\n\n![deep-curves](regression-deep-curves.svg)\n")
     assert "## The deep setting" in before and "## Not done yet" in after
     assert "| a table |" not in before + after
     assert (tmp_path / "regression-deep-gradients.svg").read_text() == "<svg/>"

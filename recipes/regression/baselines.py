@@ -16,12 +16,14 @@ from backbones import MLP, Transformer
 from peft import LilyConfig, LoraConfig, PeftConfig, VBLoRAConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from variants import VARIANTS, Variant
 
 from peft_queryable import QueryableLoraConfig, set_instruction
 
 RANK, ALPHA = 8, 16  # B.3; Sec. 4.1 states neither
 INSTRUCTION_DIM = 32  # as much as 10% more parameters than LoRA leave room for in the MLP
-METHODS = ("lora", "dora", "lily", "vblora", "replora", "hyra", "doran", "queryable", "instruction")
+METHODS = ("soap", "lora", "dora", "lily", "vblora", "replora", "hyra", "doran", "queryable", "instruction")
+OURS = ("queryable", "instruction", *VARIANTS)
 
 
 class Trunk(nn.Module):
@@ -91,15 +93,18 @@ def attach(method: str, backbone: Transformer | MLP, instruction: Tensor | None 
     """`backbone`, changed in place, with a new adapter whose parameters alone are trainable.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `METHODS` or `VARIANTS`; with "soap" there is no adapter, and everything is trainable.
         instruction: an embedding [1, INSTRUCTION_DIM], for the method of that name only.
     """
+    if method == "soap":
+        return backbone.requires_grad_(True)
     backbone.requires_grad_(False)
     if method in GENERATED:
         return attach_generated(backbone, *GENERATED[method])
     model = get_peft_model(backbone, config(method, backbone))
     if method == "instruction":
         set_instruction(model, instruction)
+    VARIANTS.get(method, Variant()).prepare(model)
     return model
 
 
@@ -133,11 +138,12 @@ def config(method: str, backbone: Transformer | MLP) -> PeftConfig:
             r=RANK,
             **({"vector_length": 256, "num_vectors": 209} if wide else {"vector_length": 32, "num_vectors": 30}),
         )
-    return QueryableLoraConfig(
+    ours = {
         **low_rank,
-        num_atoms=8,  # with the next two: B.3
-        top_k=2,
-        num_blocks=4,
-        router_dim=8,  # leaves room for the instruction
-        instruction_dim=INSTRUCTION_DIM if method == "instruction" else None,
-    )
+        "num_atoms": 8,  # with the next two: B.3
+        "top_k": 2,
+        "num_blocks": 4,
+        "router_dim": 8,  # leaves room for the instruction
+        "instruction_dim": INSTRUCTION_DIM if method == "instruction" else None,
+    }
+    return QueryableLoraConfig(**{**ours, **VARIANTS.get(method, Variant()).config})

@@ -8,7 +8,10 @@ matplotlib.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
 import numpy as np
 
+plt.rcParams["svg.hashsalt"] = "peft_queryable"  # the same file for the same figure
+
 NAMES = {
+    "soap": "SOAP, all weights",
     "lora": "LoRA",
     "dora": "DoRA",
     "lily": "Lily",
@@ -58,6 +61,21 @@ def plot_gradients(results: dict, path: Path) -> None:
     saved(figure, path.with_name(f"{path.stem}-gradients.svg"))
 
 
+def plot_routes(results: dict, path: Path) -> None:
+    """What decides our routes, over epochs: the three parts of the entropy of the atoms' use, means over all runs."""
+    shown = [method for method in ("queryable", "instruction") if method in results]
+    figure, panels = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False, layout="constrained")
+    for method, axes in zip(shown, panels.flat, strict=True):
+        runs = [run for by_seed in results[method].values() for run in by_seed.values()]
+        epochs = [point[0] for point in runs[0]["curve"][1:]]
+        parts = {"left open by a route": "entropy", "by example": "by_example", "by block": "by_block"}
+        means = [np.mean([[point[part] for point in run["routes"]] for run in runs], 0) for part in parts.values()]
+        axes.stackplot(epochs, means, labels=list(parts))
+        axes.set(title=NAMES[method], xlabel="epoch", ylabel="entropy of the atoms' use, nats")
+    panels[0, 0].legend(fontsize=7)
+    saved(figure, path.with_name(f"{path.stem}-routes.svg"))
+
+
 def saved(figure, path: Path) -> None:
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

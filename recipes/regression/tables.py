@@ -20,11 +20,14 @@ from pathlib import Path
 
 from functions import FUNCTIONS
 from paper import FIGURES
-from plots import NAMES, plot_curves, plot_gradients
+from plots import NAMES, plot_curves, plot_gradients, plot_routes
 from scipy.stats import ttest_1samp, wilcoxon
+from train import SETTINGS
+from variants import VARIANTS
 
 DOCS = Path(__file__).parents[2] / "docs"
 OURS = ("queryable", "instruction")
+NOT_PEFT = ("soap",)
 Results = dict[str, dict[str, dict[int, dict]]]  # records by method, function and seed
 
 
@@ -33,7 +36,7 @@ def read(path: Path) -> Results:
     for line in path.read_text().splitlines():
         record = json.loads(line)
         results.setdefault(record["method"], {}).setdefault(record["function"], {})[record["seed"]] = record
-    return {method: results[method] for method in NAMES if method in results}
+    return {method: results[method] for method in (*NAMES, *VARIANTS) if method in results}
 
 
 def errors(results: Results, method: str, function: str, kind: str) -> list[float]:
@@ -47,7 +50,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def error_table(results: Results, setting: str, kind: str) -> str:
-    """Mean errors and standard deviations, the best in bold, and the paper's figures."""
+    """Mean errors and standard deviations, the best adapter's in bold, and the paper's figures."""
     figures = FIGURES[setting, kind]
     rows = []
     for function in FUNCTIONS:
@@ -60,7 +63,8 @@ def error_table(results: Results, setting: str, kind: str) -> str:
                 continue
             is_spread = len(values) > 1 and isfinite(means[method])
             text = f"{means[method]:.4g}" + (f" ± {statistics.stdev(values):.2g}" if is_spread else "")
-            text = f"**{text}**" if means[method] == min(means.values()) else text
+            rivals = [means[other] for other in means if other not in NOT_PEFT]
+            text = f"**{text}**" if method not in NOT_PEFT and means[method] == min(rivals) else text
             row.append(text + (f" [{figures[method][function]:g}]" if method in figures else ""))
         if means:
             rows.append(row)
@@ -70,7 +74,7 @@ def error_table(results: Results, setting: str, kind: str) -> str:
 def comparison(results: Results, method: str) -> str:
     """`method` beside LoRA, paired by seed, function by function and in all."""
     rows, logs, best, no_worse, better = [], [], 0, 0, 0
-    others = [other for other in results if other not in OURS]
+    others = [other for other in results if other not in (*OURS, *NOT_PEFT)]
     for function in FUNCTIONS:
         train, lora = (errors(results, m, function, "train") for m in (method, "lora"))
         test, lora_test = (errors(results, m, function, "test") for m in (method, "lora"))
@@ -100,26 +104,60 @@ def comparison(results: Results, method: str) -> str:
     )
 
 
+def is_stuck(run: dict) -> bool:
+    """Whether a run lowered the training error by less than a tenth."""
+    return run["train"] > 0.9 * run["curve"][0][1]
+
+
 def plateaus(results: Results) -> str:
     """How many runs a method leaves where they began, and the gradient that reaches the first adapted layer."""
     rows = []
     for method, by_function in results.items():
         runs = [run for by_seed in by_function.values() for run in by_seed.values()]
-        stuck = sum(run["train"] > 0.9 * run["curve"][0][1] for run in runs)
+        stuck = sum(map(is_stuck, runs))
         early = statistics.median(run["gradient_norms"][0][0] for run in runs)
         rows.append([NAMES[method], f"{stuck} of {len(runs)}", f"{early:.1e}"])
     gradient = f"first layer's gradient norm at epoch {runs[0]['curve'][1][0]}, median"
     return markdown(["method", "runs that lowered the training error by less than a tenth", gradient], rows)
 
 
+def variant_table(results: Results) -> str:
+    """Methods and variants beside ours, paired by function and seed, and what their routes are like at the end."""
+    rows = []
+    for method, by_function in results.items():
+        pairs = [
+            (by_function[function][seed], ours)
+            for function, by_seed in results["queryable"].items()
+            for seed, ours in by_seed.items()
+            if seed in by_function.get(function, {})
+        ]
+        if not pairs:
+            continue
+        train, test = ([log(run[kind]) - log(ours[kind]) for run, ours in pairs] for kind in ("train", "test"))
+        p = f"{wilcoxon(train).pvalue:.2g}" if any(train) else ""
+        stuck = f"{sum(map(is_stuck, (run for run, _ in pairs)))} of {len(pairs)}"
+        routes = [run["routes"][-1] for run, _ in pairs]
+        told = [f"{statistics.mean(r[part] for r in routes):.2f}" for part in routes[0]] if routes[0] else [""] * 4
+        name = NAMES.get(method, f"`{method}`")
+        rows.append([name, *(f"{exp(statistics.mean(logs)):.3g}" for logs in (train, test)), p, stuck, *told])
+    header = ["method", "train error / ours", "test error / ours", "p (Wilcoxon, train)", "stuck"]
+    return markdown([*header, "entropy of a route", "by example", "by block", "dead atoms"], rows)
+
+
 def report(path: Path) -> str:
     """All tables of the runs in `path`, in Markdown, with pictures beside it."""
     results, setting = read(path), path.stem.removesuffix("-quick")
-    parts = [*(error_table(results, setting, kind) for kind in ("train", "test")), plateaus(results)]
-    if "lora" in results:
-        parts += [comparison(results, method) for method in OURS if method in results]
-    plot_curves(results, path)
-    plot_gradients(results, path)
+    parts = []
+    if setting in SETTINGS:  # not a file of fewer epochs, which is of variants
+        papers = {method: results[method] for method in NAMES if method in results}
+        parts += [*(error_table(papers, setting, kind) for kind in ("train", "test")), plateaus(papers)]
+        if "lora" in results:
+            parts += [comparison(results, method) for method in OURS if method in results]
+        plot_curves(papers, path)
+        plot_gradients(papers, path)
+    if "queryable" in results:
+        parts.append(variant_table({m: runs for m, runs in results.items() if m in ("lora", *OURS, *VARIANTS)}))
+        plot_routes(results, path)
     return "\n\n".join(parts) + "\n"
 
 
@@ -127,9 +165,10 @@ def write_docs(text: str, path: Path) -> None:
     """Put the tables of the runs in `path` into their place in docs/regression.md, and the pictures beside it."""
     page, setting = DOCS / "regression.md", path.stem
     pictures = []
-    for name in ("curves", "gradients"):
-        (DOCS / f"regression-{setting}-{name}.svg").write_text(path.with_name(f"{setting}-{name}.svg").read_text())
-        pictures.append(f"![{name}](regression-{setting}-{name}.svg)")
+    for picture in (path.with_name(f"{setting}-{name}.svg") for name in ("curves", "gradients", "routes")):
+        if picture.exists():
+            (DOCS / f"regression-{picture.name}").write_text(picture.read_text())
+            pictures.append(f"![{picture.stem}](regression-{picture.name})")
     start, end = (f"<!-- {edge} of recipes/regression/tables.py {setting} -->" for edge in ("start", "end"))
     before, _, rest = page.read_text().partition(start)
     _, found, after = rest.partition(end)

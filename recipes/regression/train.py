@@ -1,24 +1,27 @@
 """Pre-training and post-training of many runs at once, as in the paper's Sec. 4.1 and B.3.
 
-A run is a function and a seed. Runs of one method have tensors of the same shapes, so they train as one stacked model,
-each on data, batches and gradients of its own: AdamW works element by element, so the results are those of training
-one after another.
+A run is a function and a seed. Runs of one method train as one stacked model; the results are those of training one
+after another.
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from backbones import BACKBONES
-from baselines import attach
+from baselines import OURS, attach
 from functions import FUNCTIONS
-from torch import Tensor, nn, vmap
-from torch.func import functional_call, stack_module_state
+from pytorch_optimizer import SOAP
+from routing import route_statistics
+from stacked import Data, EachRun, Stacked, adamw
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from variants import VARIANTS, Variant
 
-MEASUREMENTS = 100  # points of a learning curve
+MEASURED_EVERY = 50  # epochs
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,6 @@ class Run(NamedTuple):
     seed: int
 
 
-class Data(NamedTuple):
-    """Examples of R runs: points [R, n, 2] and values [R, n]."""
-
-    x: Tensor
-    y: Tensor
-
-    def rows(self, index: Tensor) -> "Data":
-        """Each run's examples of its row of `index` [R, m]."""
-        return Data(self.x.take_along_dim(index.unsqueeze(-1), 1), self.y.take_along_dim(index, 1))
-
-
 def sample(runs: Sequence[Run], train: int, test: int, target: bool, device: str) -> tuple[Data, Data]:
     """Independent examples to train on and to test on, the same for every method."""
     samples = []
@@ -72,48 +64,33 @@ def sample(runs: Sequence[Run], train: int, test: int, target: bool, device: str
     return Data(x[:, :train], y[:, :train]), Data(x[:, train:], y[:, train:])
 
 
-class Stacked:
-    """R models of one structure as one: [R, n, 2] -> [R, n]. Tensors of the models are copied, not changed."""
-
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        self.parameters, self.buffers = stack_module_state(models)  # [R, ...] each
-        self.template = models[0].eval()  # nothing here trains differently, but VB-LoRA checks its logits' values
-        self.learned = {name: p for name, p in self.parameters.items() if p.requires_grad}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return vmap(self._one)(self.parameters, self.buffers, x)
-
-    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        # Shared modules have one name among the parameters; tied names would leave stacked tensors in the template.
-        return functional_call(self.template, (parameters, buffers), (x,), tie_weights=False)
-
-    def errors(self, data: Data) -> Tensor:
-        """Mean squared error of each run, [R]."""
-        return (self(data.x) - data.y).square().mean(1)
-
-    def gradient_norms(self) -> Tensor:
-        """Norm of the gradient of each layer's own trainable tensors, [layers, R]; shared banks are no layer's."""
-        squares: dict[int, Tensor] = {}
-        for name, parameter in self.learned.items():
-            if layer := re.search(r"\blayers\.(\d+)\.", name):
-                square = parameter.grad.square().flatten(1).sum(1)
-                squares[int(layer[1])] = squares.get(int(layer[1]), 0) + square
-        return torch.stack([squares[layer] for layer in sorted(squares)]).sqrt()
+def optimizer(method: str | None, lr: float, learned: Mapping[str, Tensor]) -> Optimizer | EachRun:
+    """What trains stacked tensors: AdamW, or SOAP for the full fine-tuning of that name; None is pre-training."""
+    if method == "soap":
+        return EachRun(list(learned.values()), partial(SOAP, lr=lr))
+    variant = VARIANTS.get(method, Variant())
+    return adamw(learned, lr, variant.lr_factors, variant.weight_decays)
 
 
 class Training:
-    """AdamW on stacked models, an epoch at a time; each run shuffles by its own seed.
+    """Stacked models in training, an epoch at a time; each run shuffles by its own seed.
 
     Compiled, a step of tiny layers takes about half its time, and the first two epochs a minute or two.
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], runs: Sequence[Run], data: Data, lr: float, batch_size: int, compiled: bool
+        self,
+        models: Sequence[nn.Module],
+        runs: Sequence[Run],
+        data: Data,
+        make_optimizer: Callable[[Mapping[str, Tensor]], Optimizer | EachRun],
+        batch_size: int,
+        compiled: bool,
     ) -> None:
         self.model, self.data, self.batch_size = Stacked(models), data, batch_size
         torch.compiler.reset()  # of the models before these
         self.errors = torch.compile(self.model.errors, dynamic=False, disable=not compiled)
-        self.optimizer = torch.optim.AdamW(self.model.learned.values(), lr=lr, fused=True)
+        self.optimizer = make_optimizer(self.model.learned)
         self.generators = [torch.Generator().manual_seed(run.seed) for run in runs]
 
     def epoch(self) -> None:
@@ -130,6 +107,11 @@ class Training:
         errors = self.model.errors(self.data).tolist(), self.model.errors(test).tolist()
         return [[epoch, *pair] for pair in zip(*errors, strict=True)]
 
+    @torch.no_grad()
+    def routes(self) -> list[dict[str, float]]:
+        """What each run's routes of its training examples tell."""
+        return route_statistics(self.model.routes(self.data.x))
+
 
 def pretrain(
     setting: Setting, runs: Sequence[Run], device: str, compiled: bool, advance: Callable[[], object]
@@ -140,7 +122,8 @@ def pretrain(
         torch.manual_seed(run.seed)
         models.append(BACKBONES[setting.backbone]().to(device))
     data, _ = sample(runs, setting.source_train, setting.source_test, target=False, device=device)
-    training = Training(models, runs, data, setting.pretrain_lr, setting.batch_size, compiled)
+    make_optimizer = partial(optimizer, None, setting.pretrain_lr)
+    training = Training(models, runs, data, make_optimizer, setting.batch_size, compiled)
     for _ in range(setting.pretrain_epochs):
         training.epoch()
         advance()
@@ -164,26 +147,30 @@ def adapt(
     Returns:
         A record a run: what it was; `trainable` parameters; the lowest `train` and `test` errors of its curve (B.3)
         and the last ones; the `curve`, from before the first epoch on; and at every later point of it the
-        `gradient_norms` of the layers and their `concentration`, the largest over the mean.
+        `gradient_norms` of the layers, their `concentration`, the largest over the mean, and for our adapters what
+        the `routes` tell.
     """
     models = []
     for run, backbone, instruction in zip(runs, backbones, instructions, strict=True):
         torch.manual_seed(run.seed)
         models.append(attach(method, backbone, instruction).to(device))
     data, test = sample(runs, setting.target_train, setting.target_test, target=True, device=device)
-    training = Training(models, runs, data, setting.lr, setting.batch_size, compiled)
-    points, norms = [training.point(0, test)], []
+    training = Training(models, runs, data, partial(optimizer, method, setting.lr), setting.batch_size, compiled)
+    points, norms, routes = [training.point(0, test)], [], []
     for epoch in range(1, setting.epochs + 1):
         training.epoch()
-        if epoch % math.ceil(setting.epochs / MEASUREMENTS) == 0 or epoch == setting.epochs:
+        if epoch % MEASURED_EVERY == 0 or epoch == setting.epochs:
             points.append(training.point(epoch, test))
             norms.append(training.model.gradient_norms())
+            routes.append(training.routes() if method in OURS else [None] * len(runs))
         advance()
     trainable = sum(p[0].numel() for p in training.model.learned.values())
-    return [
-        {"method": method, **run._asdict(), "trainable": trainable, **summary(curve, torch.stack(norms)[..., i])}
-        for i, (run, curve) in enumerate(zip(runs, map(list, zip(*points, strict=True)), strict=True))
-    ]
+    records = []
+    for i, run in enumerate(runs):
+        curve = [point[i] for point in points]
+        measured = {**summary(curve, torch.stack(norms)[..., i]), "routes": [point[i] for point in routes]}
+        records.append({"method": method, **run._asdict(), "trainable": trainable, **measured})
+    return records
 
 
 def summary(curve: list[list[float]], norms: Tensor) -> dict:
