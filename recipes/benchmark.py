@@ -28,7 +28,7 @@ import torch
 from benchmark_plan import QUICK, Arguments, sections, setups
 from benchmark_plots import plot_growth, plot_ratios
 from benchmark_profile import write_profiles
-from benchmark_report import conditions, report, write_docs
+from benchmark_report import conditions, growth_table, report, write_docs
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -47,10 +47,13 @@ def main(args: Arguments) -> None:
         if name not in results["sections"]:
             results["sections"][name] = measurements[name]()
             (output / "benchmark.json").write_text(json.dumps(results, indent=1))
-    places = {f"--device {args.device} --models {model}": report(results, model) for model in args.models}
-    figures = [plot_ratios(results, model, output) for model in args.models]
+    places, figures = {}, []
+    if args.works != ["none"]:
+        compiled = " --modes compile" if args.modes == ["compile"] else ""
+        places = {f"--device {args.device} --models {m}{compiled}": report(results, m) for m in args.models}
+        figures = [plot_ratios(results, model, output) for model in args.models]
     if args.sweeps != ["none"]:
-        places[f"--device {args.device} --sweeps"] = "Sizes one at a time."
+        places[f"--device {args.device} --sweeps"] = growth_table(results)
         figures.append(plot_growth(results, output))
     texts = [f"{conditions(results['settings'])}\n\n{text}" for text in places.values()]
     (output / "benchmark.md").write_text("\n\n".join(texts) + "\n")

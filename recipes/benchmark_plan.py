@@ -37,7 +37,8 @@ class Arguments:
         default_factory=lambda: list(METHODS), metadata={"help": "lora must be among them.", "choices": list(METHODS)}
     )
     works: list[str] = field(
-        default_factory=lambda: list(WORKS), metadata={"help": "What the models do.", "choices": list(WORKS)}
+        default_factory=lambda: list(WORKS),
+        metadata={"help": "What the models do; none for the sweeps alone.", "choices": [*WORKS, "none"]},
     )
     modes: list[str] = field(
         default_factory=lambda: ["eager"],
@@ -68,7 +69,7 @@ def setups(args: Arguments) -> list[Setup]:
 def sections(args: Arguments) -> dict[str, Callable[[], dict]]:
     """By name, everything that is to be measured; each result goes into the JSON as it comes."""
     todo: dict[str, Callable[[], dict]] = {}
-    for setup in setups(args):
+    for setup in setups(args) if args.works != ["none"] else []:
         for mode in args.modes:
             for work in args.works:
                 todo[f"{setup.model}/{mode}/{work}"] = partial(

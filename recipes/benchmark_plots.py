@@ -7,7 +7,9 @@ import matplotlib
 matplotlib.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
 from benchmark_methods import SCOPES
-from benchmark_report import NAMES, WORK_NAMES, quartiles
+from benchmark_report import GROWTH_KINDS, NAMES, WORK_NAMES, growth_ratio, quartiles, swept_values
+
+plt.rcParams["svg.hashsalt"] = "peft_queryable"  # the same file for the same figure
 
 
 def plot_ratios(results: dict, model: str, folder: Path) -> Path:
@@ -35,15 +37,13 @@ def plot_ratios(results: dict, model: str, folder: Path) -> Path:
             axes.set_yticks(range(len(methods)), [NAMES[method].replace("`", "") for method in methods])
         line[0].invert_yaxis()
     figure.supxlabel("time / LoRA's")
-    return saved(figure, folder / f"times-{settings['device']}-{model}.svg")
+    compiled = "" if "eager" in modes else "-compile"
+    return saved(figure, folder / f"times-{settings['device']}-{model}{compiled}.svg")
 
 
 def plot_growth(results: dict, folder: Path) -> Path:
     """Ratios to LoRA over each size that was swept."""
-    values: dict[str, list[int]] = {name: [] for name in results["settings"]["sweeps"]}
-    for key in results["sections"]:
-        if key.startswith("growth/") and key.endswith("/memory"):
-            values[key.split("/")[1]].append(int(key.split("/")[2]))
+    values = swept_values(results)
     figure, grid = plt.subplots(
         len(values),
         3,
@@ -54,7 +54,7 @@ def plot_growth(results: dict, folder: Path) -> Path:
         layout="constrained",
     )
     for (name, swept), line in zip(values.items(), grid, strict=True):
-        for kind, axes in zip(("prefill", "train", "memory"), line, strict=True):
+        for kind, axes in zip(GROWTH_KINDS, line, strict=True):
             for scope in SCOPES:
                 cells = [results["sections"][f"growth/{name}/{value}/{kind}"] for value in swept]
                 axes.plot(swept, [growth_ratio(cell, scope) for cell in cells], marker="o", label=scope)
@@ -62,19 +62,13 @@ def plot_growth(results: dict, folder: Path) -> Path:
             axes.set_xscale("log", base=2)
             axes.set_xlabel(name)
         line[0].set_ylabel("ratio to LoRA")
-    for axes, title in zip(grid[0], ("time of prefill", "time of a training step", "memory of training"), strict=True):
+    for axes, title in zip(grid[0], GROWTH_KINDS.values(), strict=True):
         axes.set_title(title)
     grid[0][0].legend()
     return saved(figure, folder / f"growth-{results['settings']['device']}.svg")
 
 
-def growth_ratio(cell: dict, scope: str) -> float:
-    if "bytes" in cell:
-        return cell["bytes"][scope] / cell["bytes"]["lora"]
-    return quartiles(cell["seconds"], scope, "lora")[1]
-
-
 def saved(figure, path: Path) -> Path:
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return path

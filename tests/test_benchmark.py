@@ -63,8 +63,19 @@ def test_the_tables_hold_the_figures(benchmark):
     for method in METHODS:
         assert f"| {sizes['trainable'][method]:,} | {sizes['bytes'][method] / 1000:,.0f} |" in text
     assert f"{sizes['flops']['prefill']['causal'] / sizes['flops']['prefill']['lora']:.3f}" in text
+    first, last = (sections[f"growth/length/{length}/memory"]["bytes"] for length in (64, 128))
+    ratios = " → ".join(f"{peaks['prompt'] / peaks['lora']:.3f}" for peaks in (first, last))
+    assert f"| {ratios} |" in next(
+        line for line in text.splitlines() if "| length 64 → 128 | ours, `prompt` |" in line
+    )
     for name in ("times-cpu-tiny", "growth-cpu"):
         assert (output / f"{name}.svg").read_text().endswith("</svg>\n")
+
+
+def test_sweeps_alone(recipe):
+    from benchmark_plan import Arguments, sections
+
+    assert {name.split("/")[0] for name in sections(Arguments(works=["none"]))} == {"growth"}
 
 
 def test_a_run_goes_on_where_it_stopped(benchmark, recipe, capsys):
