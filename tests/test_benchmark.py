@@ -88,7 +88,11 @@ def test_a_run_goes_on_where_it_stopped(benchmark, recipe, capsys):
     (output / "benchmark.json").write_text(json.dumps(results))
     chosen = {"methods": METHODS, "works": WORKS, "sweeps": ["length"], "threads": 1, "quick": True}
     main(Arguments(output_dir=str(output), **chosen | QUICK))
-    assert capsys.readouterr().out == stdout  # with the numbers that were there
+    again, before = (
+        [line for line in text.splitlines() if not line.startswith("| length ")]  # made of what was missing
+        for text in (capsys.readouterr().out, stdout)
+    )
+    assert again == before  # with the numbers that were there
     assert json.loads((output / "benchmark.json").read_text())["sections"].keys() == sections.keys()
 
 
