@@ -510,8 +510,8 @@ def test_variants_stand_beside_ours(tmp_path):
     ratio, test = (0.5 * 1.5) ** 0.5, (1.5 / 2 * 4 / 3) ** 0.5  # the run without a partner is left out
     p = wilcoxon([math.log(0.5), math.log(1.5)]).pvalue
     routes = "0.50 | 0.25 | 0.12 | 1.00"
-    assert f"| `all_atoms` | {ratio:.3g} | {test:.3g} | {p:.2g} | 1 of 2 | {routes} |" in text
-    assert f"| ours | 1 | 1 |  | 2 of 2 | {routes} |" in text
+    assert f"| `all_atoms` | {ratio:.3g} | {test:.3g} | {p:.2g} | 1 of 2 | 1.0e+00 | {routes} |" in text
+    assert f"| ours | 1 | 1 |  | 2 of 2 | 1.0e+00 | {routes} |" in text
     assert f"| LoRA | {8**0.5:.3g} |" in text and "[13.124]" not in text
 
 

@@ -109,14 +109,18 @@ def is_stuck(run: dict) -> bool:
     return run["train"] > 0.9 * run["curve"][0][1]
 
 
+def first_gradient(runs: list[dict]) -> str:
+    """Median of the first adapted layer's gradient norm at the first point of the curves."""
+    return f"{statistics.median(run['gradient_norms'][0][0] for run in runs):.1e}"
+
+
 def plateaus(results: Results) -> str:
     """How many runs a method leaves where they began, and the gradient that reaches the first adapted layer."""
     rows = []
     for method, by_function in results.items():
         runs = [run for by_seed in by_function.values() for run in by_seed.values()]
         stuck = sum(map(is_stuck, runs))
-        early = statistics.median(run["gradient_norms"][0][0] for run in runs)
-        rows.append([NAMES[method], f"{stuck} of {len(runs)}", f"{early:.1e}"])
+        rows.append([NAMES[method], f"{stuck} of {len(runs)}", first_gradient(runs)])
     gradient = f"first layer's gradient norm at epoch {runs[0]['curve'][1][0]}, median"
     return markdown(["method", "runs that lowered the training error by less than a tenth", gradient], rows)
 
@@ -135,12 +139,14 @@ def variant_table(results: Results) -> str:
             continue
         train, test = ([log(run[kind]) - log(ours[kind]) for run, ours in pairs] for kind in ("train", "test"))
         p = f"{wilcoxon(train).pvalue:.2g}" if any(train) else ""
-        stuck = f"{sum(map(is_stuck, (run for run, _ in pairs)))} of {len(pairs)}"
-        routes = [run["routes"][-1] for run, _ in pairs]
+        runs = [run for run, _ in pairs]
+        state = f"{sum(map(is_stuck, runs))} of {len(runs)}", first_gradient(runs)
+        routes = [run["routes"][-1] for run in runs]
         told = [f"{statistics.mean(r[part] for r in routes):.2f}" for part in routes[0]] if routes[0] else [""] * 4
         name = NAMES.get(method, f"`{method}`")
-        rows.append([name, *(f"{exp(statistics.mean(logs)):.3g}" for logs in (train, test)), p, stuck, *told])
+        rows.append([name, *(f"{exp(statistics.mean(logs)):.3g}" for logs in (train, test)), p, *state, *told])
     header = ["method", "train error / ours", "test error / ours", "p (Wilcoxon, train)", "stuck"]
+    header.append(f"first layer's gradient norm, epoch {runs[0]['curve'][1][0]}")
     return markdown([*header, "entropy of a route", "by example", "by block", "dead atoms"], rows)
 
 
