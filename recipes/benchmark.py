@@ -39,7 +39,7 @@ def main(args: Arguments) -> None:
     torch.set_num_threads(args.threads)
     torch._dynamo.config.recompile_limit = 64  # all methods share the code of the base model
     if args.profile:
-        write_profiles(setups(args), args.methods, args.works, output)
+        write_profiles(setups(args), args.methods, args.works, args.modes, output)
         return
     results = read_results(output / "benchmark.json", settings(args))
     measurements = sections(args)

@@ -1,32 +1,36 @@
 """Where the time of recipes/benchmark.py goes: operators of a step, those of ours beside plain LoRA's."""
 
+from itertools import product
 from pathlib import Path
 
+import torch
 from benchmark_methods import INSTRUCTED, SCOPES, Setup, adapted, base_model
 from benchmark_report import markdown_table
-from benchmark_work import WORKS
+from benchmark_work import WARM_UP, WORKS
 from torch.profiler import ProfilerActivity, profile
 
 ROWS = 15
 
 
-def write_profiles(setups: list[Setup], methods: list[str], works: list[str], folder: Path) -> None:
-    """Print and save a table for each model, work and method of ours."""
+def write_profiles(setups: list[Setup], methods: list[str], works: list[str], modes: list[str], folder: Path) -> None:
+    """Print and save a table for each model, mode, work and method of ours."""
     for setup in setups:
         base = base_model(setup)
-        for work in works:
-            lora = operators("lora", base, setup, work)
+        for mode, work in product(modes, works):
+            lora = operators("lora", base, setup, work, mode == "compile")
             for method in (method for method in methods if method in (*SCOPES, *INSTRUCTED)):
-                text = comparison(lora, operators(method, base, setup, work))
-                title = f"{setup.model}, {work}: milliseconds of one run in {method} and in LoRA"
-                (folder / f"profile-{setup.model}-{work}-{method}.md").write_text(f"{title}\n\n{text}\n")
+                text = comparison(lora, operators(method, base, setup, work, mode == "compile"))
+                title = f"{setup.model}, {mode}, {work}: milliseconds of one run in {method} and in LoRA"
+                (folder / f"profile-{setup.model}-{mode}-{work}-{method}.md").write_text(f"{title}\n\n{text}\n")
                 print(f"\n{title}\n\n{text}")
 
 
-def operators(method: str, base, setup: Setup, work: str) -> dict[str, tuple[int, float]]:
+def operators(method: str, base, setup: Setup, work: str, compiled: bool) -> dict[str, tuple[int, float]]:
     """Number of calls of each operator, and the milliseconds in it alone, on the device it runs on."""
-    run = WORKS[work](adapted(method, base, setup), method, setup, compiled=False)
-    run()  # warm-up
+    torch.compiler.reset()
+    run = WORKS[work](adapted(method, base, setup), method, setup, compiled)
+    for _ in range(WARM_UP):
+        run()
     on_gpu = setup.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:

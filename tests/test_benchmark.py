@@ -103,7 +103,7 @@ def test_a_profile_counts_operators(recipe, tmp_path, capsys):
 
     chosen = {"methods": ["lora", "prompt"], "works": ["prefill"], "threads": 1, "profile": True}
     main(Arguments(output_dir=str(tmp_path), **chosen | QUICK))
-    text = (tmp_path / "profile-tiny-prefill-prompt.md").read_text()
+    text = (tmp_path / "profile-tiny-eager-prefill-prompt.md").read_text()
     assert text in capsys.readouterr().out
     rows = {cells[1].strip(): cells[2:4] for line in text.splitlines() if len(cells := line.split("|")) > 4}
     ours, lora = (int(count) for count in rows["aten::baddbmm"])
