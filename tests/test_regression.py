@@ -15,7 +15,7 @@ from torch import nn
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "regression"
 ADAPTERS = ["lora", "dora", "lily", "vblora", "replora", "hyra", "doran", "queryable", "instruction"]
-VARIANTS = ["state_only", "one_atom", "shut_gates", "prior*10.0", "num_blocks=16", "bank_lr*10.0", "no_decay"]
+VARIANTS = ["state_only", "one_atom", "shut_gates", "prior*10.0", "num_blocks=16"]
 # Where each function is lowest, Langermann highest, and the value there.
 OPTIMA = {
     "Ackley": ([0.0, 0.0], 0.0),
@@ -219,18 +219,6 @@ def short(monkeypatch):
     return replace(train.SETTINGS["deep"], batch_size=8, **SHORT)
 
 
-def ordinary_optimizer(method, model, lr):
-    if method == "soap":
-        return SOAP(model.parameters(), lr=lr)
-    groups = [{"params": [p], "lr": lr, "weight_decay": 0.01} for p in trainable(model).values()]
-    for name, group in zip(trainable(model), groups, strict=True):
-        if method == "bank_lr*10.0" and ("atoms" in name or "keys" in name):
-            group["lr"] = 10 * lr
-        if method == "no_decay" and ("gate" in name or "keys" in name):
-            group["weight_decay"] = 0.0
-    return torch.optim.AdamW(groups)
-
-
 @pytest.mark.parametrize("method", ["soap", *ADAPTERS, *VARIANTS])
 def test_stacked_runs_are_runs_one_by_one(short, method):
     """Trained together as apart, and as by an ordinary loop over an ordinary module."""
@@ -255,7 +243,7 @@ def test_stacked_runs_are_runs_one_by_one(short, method):
         torch.manual_seed(run.seed)
         model = attach(method, model, embedding)
         data, test = sample([run], short.target_train, short.target_test, True, "cpu")
-        optimizer = ordinary_optimizer(method, model, short.lr)
+        optimizer = (SOAP if method == "soap" else torch.optim.AdamW)([*trainable(model).values()], lr=short.lr)
         shuffle = torch.Generator().manual_seed(run.seed)
         for _ in range(short.epochs):
             for rows in torch.randperm(short.target_train, generator=shuffle).split(short.batch_size):
@@ -309,6 +297,26 @@ def test_a_variant_differs_in_what_it_says():
 
     parts = {part for v in VARIANTS.values() for part in (*v.lr_factors, *v.weight_decays)}
     assert all(any(part in name for name in trainable(ours)) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "parts", "value", "default"),
+    [
+        ("bank_lr*10.0", "lr", ("atoms", "keys"), 1e-2, 1e-3),
+        ("gate_lr*10.0", "lr", ("gate",), 1e-2, 1e-3),
+        ("no_decay", "weight_decay", ("gate", "keys"), 0.0, 0.01),
+    ],
+)
+def test_a_variant_trains_its_parts_by_settings_of_their_own(method, setting, parts, value, default):
+    from baselines import attach
+    from train import optimizer
+
+    learned = trainable(attach(method, deep()))
+    groups = optimizer(method, 1e-3, learned).param_groups
+    found = {id(p): group[setting] for group in groups for p in group["params"]}
+    for name, parameter in learned.items():
+        expected = value if any(part in name for part in parts) else default
+        assert found[id(parameter)] == pytest.approx(expected), name
 
 
 def test_shut_gates_leave_lora():
@@ -505,13 +513,15 @@ def test_variants_stand_beside_ours(tmp_path):
 
     path = tmp_path / "deep-500.jsonl"
     dense = {"Levy": [0.5, 3.0], "Ackley": [4.0]}
-    finished(path, {"lora": {"Levy": [4.0, 4.0]}, "queryable": {"Levy": [1.0, 2.0]}, "all_atoms": dense})
+    unfinished = {"depth_only": {"Levy": [3.0]}, "state_only": {"Ackley": [4.0]}}
+    finished(path, {"lora": {"Levy": [4.0, 4.0]}, "queryable": {"Levy": [1.0, 2.0]}, "all_atoms": dense} | unfinished)
     text = report(path)
     ratio, test = (0.5 * 1.5) ** 0.5, (1.5 / 2 * 4 / 3) ** 0.5  # the run without a partner is left out
     p = wilcoxon([math.log(0.5), math.log(1.5)]).pvalue
     routes = "0.50 | 0.25 | 0.12 | 1.00"
     assert f"| `all_atoms` | {ratio:.3g} | {test:.3g} | {p:.2g} | 1 of 2 | 1.0e+00 | {routes} |" in text
     assert f"| ours | 1 | 1 |  | 2 of 2 | 1.0e+00 | {routes} |" in text
+    assert "| `depth_only` | 3 | 2 | 1 |" in text and "state_only" not in text
     assert f"| LoRA | {8**0.5:.3g} |" in text and "[13.124]" not in text
 
 
