@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -411,6 +412,21 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
     assert redone["last_test"] == pytest.approx(missing["last_test"], rel=1e-4)
 
 
+def reciprocal(number: int, epochs) -> float:
+    epochs.put(1)
+    return 1 / number
+
+
+def test_a_task_that_fails_does_not_take_the_others_with_it():
+    from workers import Workers
+
+    results = []
+    with Workers(1) as workers, pytest.raises(ZeroDivisionError):
+        for result in workers.results([partial(reciprocal, number) for number in (2, 0, 4)], 1, "dividing"):
+            results.append(result)
+    assert results == [0.5, 0.25]
+
+
 def test_runs_of_another_setting_are_not_taken_for_these(tmp_path, short):
     import run
 
@@ -432,13 +448,13 @@ def test_the_estimate_counts_all_runs(short, capsys, monkeypatch):
 
 
 def test_an_instruction_is_its_description_projected(monkeypatch):
-    import run
+    import instructions
     from baselines import INSTRUCTION_DIM
 
     embeds = {"Ackley": torch.ones(1, 384), "Levy": -torch.ones(1, 384)}
-    texts = {run.FUNCTIONS[name].description: embed for name, embed in embeds.items()}
-    monkeypatch.setattr(run, "sentence_encoder", lambda name: lambda asked: texts[asked[0]])
-    ackley, levy = (run.instruction(run.Run(name, 0), None) for name in embeds)
+    texts = {instructions.FUNCTIONS[name].description: embed for name, embed in embeds.items()}
+    monkeypatch.setattr(instructions, "sentence_encoder", lambda name: lambda asked: texts[asked[0]])
+    ackley, levy = (instructions.instruction(name, None) for name in embeds)
     assert ackley.shape == (1, INSTRUCTION_DIM)
     assert torch.equal(ackley, -levy) and ackley.norm() > 1
 
@@ -492,6 +508,17 @@ def test_the_comparison_is_paired_by_seed(tmp_path):
     assert "Over all 6 pairs the ratio of training errors is 1 " in text
 
 
+def test_single_runs_have_no_spread(tmp_path):
+    from tables import report
+
+    path = tmp_path / "wide-short.jsonl"
+    finished(path, {"lora": {"Ackley": [2.0], "Levy": [1.0]}, "queryable": {"Ackley": [1.0], "Levy": [3.0]}})
+    text = report(path)
+    assert "| Ackley | 2 | **1** |" in text  # and no figures of the paper, whose runs are longer
+    assert "| Ackley | 0.5 |  | yes | -1 | better |" in text
+    assert "| Levy | 3 |  | no | +2 | worse |" in text
+
+
 def test_diverged_and_missing_runs_have_their_place(tmp_path):
     """A run that diverged counts as infinite, one that is not there is left out; neither stops the report."""
     from tables import report
@@ -504,7 +531,7 @@ def test_diverged_and_missing_runs_have_their_place(tmp_path):
     )
     text = report(path)
     assert "| Ackley | inf [13.124] |  | **0.85 ± 0.49** [0.113] |" in text
-    assert "| Ackley | 0 |" in text and "best on 1 of 2" in text
+    assert "| Ackley | 0 |  | yes | -inf | better |" in text and "best on 1 of 2" in text
 
 
 def test_variants_stand_beside_ours(tmp_path):

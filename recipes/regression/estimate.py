@@ -31,7 +31,7 @@ def step_seconds(
     zero = torch.zeros(1, INSTRUCTION_DIM)
     models = [attach(method, BACKBONES[setting.backbone](), zero).to(device) for _ in runs]
     data, _ = sample(runs, steps * setting.batch_size, 1, target=True, device=device)
-    training = Training(models, runs, data, partial(optimizer, method, setting.lr), setting.batch_size, compiled)
+    training = Training(models, runs, data, partial(optimizer, method, setting.lr), setting, compiled)
     training.epoch()
     data.x.sum().item()  # waits for a GPU
     start = time.perf_counter()

