@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .context import Plan
 from .pooling import IGNORE_INDEX
+from .routing import Plan
 
 
 class OuterCall:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import MOVING_INITIALISATIONS, QueryableLoraConfig
-from .context import FixedRouting, Replay, Routing
 from .router import Table
+from .routing import FixedRouting, Replay, Routing
 
 if TYPE_CHECKING:
     from .stack import Stack

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 from .call import OuterCall
 from .config import MOVING_INITIALISATIONS, QueryableLoraConfig
-from .context import Plan
 from .encoders import BACKBONE, InstructionEncoder, load_encoder
 from .layer import MERGE_REFUSAL, Linear, Place, QueryableLoraLayer
 from .loading import ROUTER, check_tensors
 from .offload import onload
 from .router import Router
+from .routing import Plan
 from .stack import Stack, StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
 from .targets import check_target
 

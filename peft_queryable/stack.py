@@ -19,8 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .cache import cached_length, find_cache
 from .call import OuterCall
 from .checkpointing import BoundCheckpoint
-from .context import Context, FixedRouting, Plan, Replay, ReplayContext, Routing
+from .context import Context, ReplayContext
 from .pooling import read_tokens
+from .routing import FixedRouting, Plan, Replay, Routing
 
 _ATTENTION_PROJECTION = re.compile(r"(to_|w)?(q|k|v|query|key|value)(_?(proj|lin|layer))?")
 _CROSS_ATTENTION = re.compile(r"(^|\.)(enc_?dec_?attention|encoder_attn|cross_?att(ention|n)?)\.", re.IGNORECASE)

@@ -12,7 +12,7 @@ from models import adapted, bert, gpt2, llama, randomise, t5, token_ids
 from packaging.version import Version
 from torch import Tensor, nn
 
-from peft_queryable.context import Routing
+from peft_queryable.routing import Routing
 
 SCOPES = ("causal", "prompt", "sequence")
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5}
