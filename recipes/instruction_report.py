@@ -7,6 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sft_report import markdown
 
+plt.rcParams["svg.hashsalt"] = "peft_queryable"  # the same file for the same figure
+
 NAMES = {
     "right": "right",
     "none": "none",
@@ -59,5 +61,5 @@ def plot_routes(held_out: dict, path) -> None:
         image = axes.imshow(routes[:, block], cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set(title=f"block {block + 1}", xlabel="atom", yticks=range(len(lines)), yticklabels=lines)
     figure.colorbar(image, ax=panels, label="mean routing weight")
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

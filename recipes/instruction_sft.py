@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from evaluate import ScoreArguments, load, score
 from finetune import finetune, make_trainer
 from instruction_data import instruction_data, instructions_by_kind
@@ -34,7 +33,7 @@ from sft_arguments import DEFAULTS, QueryableArguments, adapter_configs, like, p
 from smollm2 import smollm2_folder
 from trl import ModelConfig, SFTConfig
 
-from peft_queryable import InstructionCollator, instructions
+from peft_queryable import InstructionCollator, instructions, record_routing
 
 
 @dataclass
@@ -100,16 +99,9 @@ def measure(model, tokenizer, examples, given: list, score_args) -> dict:
 
 def score_under(model, tokenizer, examples, instruction, score_args) -> dict:
     """Loss, exact match, and mean routes [blocks, atoms] of `examples` under one text or embedding."""
-    routes = {}  # by block: [M] for each call
-
-    def record(router, args, weights):  # weights: [batch, 1, M]
-        routes.setdefault(args[0], []).append(weights.mean((0, 1)).cpu())
-
-    hook = model.base_model.queryable_lora_router["default"].register_forward_hook(record)
-    with instructions(model, instruction):
+    with instructions(model, instruction), record_routing(model) as trace:
         numbers = score(model, tokenizer, examples, score_args)
-    hook.remove()
-    return numbers | {"routes": [torch.stack(calls).mean(0).tolist() for calls in routes.values()]}
+    return numbers | {"routes": [weights.mean(0).tolist() for weights in trace.weights().values()]}
 
 
 def parse():
