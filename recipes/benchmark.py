@@ -25,10 +25,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from benchmark_growth import growth_table
 from benchmark_plan import QUICK, Arguments, sections, setups
 from benchmark_plots import plot_growth, plot_ratios
 from benchmark_profile import write_profiles
-from benchmark_report import conditions, growth_table, report, write_docs
+from benchmark_report import conditions, report, write_docs
 from tqdm import tqdm
 from transformers import HfArgumentParser
 

@@ -6,8 +6,9 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
+from benchmark_growth import GROWTH_KINDS, growth_ratio, swept_values
 from benchmark_methods import SCOPES
-from benchmark_report import GROWTH_KINDS, NAMES, WORK_NAMES, growth_ratio, quartiles, swept_values
+from benchmark_report import NAMES, WORK_NAMES, quartiles
 
 plt.rcParams["svg.hashsalt"] = "peft_queryable"  # the same file for the same figure
 

@@ -138,7 +138,8 @@ def test_samples_are_noisy_in_the_box_and_repeatable():
 
 
 def test_source_target_and_halves_are_different_points():
-    from train import Run, sample
+    from settings import Run
+    from train import sample
 
     runs = [Run("Ackley", 0), Run("Levy", 0), Run("Ackley", 1)]
     parts = [part for target in (False, True) for part in sample(runs, 20, 10, target, "cpu")]
@@ -214,17 +215,19 @@ SHORT = {"pretrain_epochs": 2, "epochs": 3, "source_train": 40, "source_test": 8
 @pytest.fixture
 def short(monkeypatch):
     """The deep setting, cut short, on six layers."""
+    import settings
     import train
 
     monkeypatch.setitem(train.BACKBONES, "deep", deep)
-    return replace(train.SETTINGS["deep"], batch_size=8, **SHORT)
+    return replace(settings.SETTINGS["deep"], batch_size=8, **SHORT)
 
 
 @pytest.mark.parametrize("method", ["soap", *ADAPTERS, *VARIANTS])
 def test_stacked_runs_are_runs_one_by_one(short, method):
     """Trained together as apart, and as by an ordinary loop over an ordinary module."""
     from baselines import INSTRUCTION_DIM, attach
-    from train import Run, adapt, sample
+    from settings import Run
+    from train import adapt, sample
 
     runs = [Run("Matyas", 0), Run("Sin-Cos", 1)]
     embedding = torch.ones(1, INSTRUCTION_DIM)
@@ -376,7 +379,8 @@ def test_summary():
 
 
 def test_pretraining_learns_the_source_function(short):
-    from train import Run, pretrain, sample
+    from settings import Run
+    from train import pretrain, sample
 
     runs = [Run("Sin-Cos", 0), Run("Rastrigin", 1)]
     data, _ = sample(runs, short.source_train, short.source_test, False, "cpu")

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from backbones import BACKBONES
 from baselines import INSTRUCTION_DIM, attach
-from train import Run, Setting, Training, optimizer, sample
+from settings import Run, Setting
+from train import Training, optimizer, sample
 
 
 def estimate(

@@ -40,9 +40,10 @@ from baselines import METHODS
 from estimate import estimate
 from functions import FUNCTIONS
 from instructions import instruction
+from settings import SETTINGS, Run, Setting
 from tables import report
 from torch import Tensor, nn
-from train import SETTINGS, Run, Setting, adapt, pretrain
+from train import adapt, pretrain
 from transformers import HfArgumentParser
 from variants import ABLATIONS, SWEEP
 from workers import Workers

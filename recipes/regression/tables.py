@@ -32,7 +32,7 @@ from comparisons import (
 from functions import FUNCTIONS
 from paper import FIGURES
 from plots import NAMES, plot_curves, plot_gradients, plot_routes
-from train import SETTINGS
+from settings import SETTINGS
 from variants import VARIANTS
 
 DOCS = Path(__file__).parents[2] / "docs"

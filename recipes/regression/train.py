@@ -6,9 +6,7 @@ after another.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from backbones import BACKBONES
@@ -16,49 +14,13 @@ from baselines import OURS, attach
 from functions import FUNCTIONS
 from pytorch_optimizer import SOAP
 from routing import route_statistics
+from settings import Run, Setting
 from stacked import Data, EachRun, Stacked, adamw
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from variants import VARIANTS, Variant
 
 MEASURED_EVERY = 50  # epochs
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What Sec. 4.1 and B.3 fix; a field that only one of them states is used for both.
-
-    Args:
-        backbone: one of `BACKBONES`.
-        target_train: target examples for adaptation.
-        target_test: target examples held out; Sec. 4.1 does not tell their number.
-        matmul_precision: torch's name for it; "medium" allows bfloat16 where a CPU has instructions for such products
-            (AMX), and on others takes oneDNN's float32 products, twice as fast as MKL's on CPUs of AMD.
-    """
-
-    backbone: str
-    target_train: int
-    target_test: int = 800
-    source_train: int = 2400  # of 3,000; the rest is for testing
-    source_test: int = 600
-    pretrain_epochs: int = 300
-    epochs: int = 5000
-    pretrain_lr: float = 3e-3  # for the MLP too, for which B.3 states none
-    lr: float = 5e-4
-    batch_size: int = 64
-    matmul_precision: str = "highest"
-
-
-SETTINGS = {
-    "wide": Setting("wide", target_train=1200),
-    "deep": Setting("deep", target_train=400),
-    "wide-short": Setting("wide", target_train=1200, pretrain_epochs=100, epochs=200, matmul_precision="medium"),
-}
-
-
-class Run(NamedTuple):
-    function: str
-    seed: int
 
 
 def sample(runs: Sequence[Run], train: int, test: int, target: bool, device: str) -> tuple[Data, Data]:
