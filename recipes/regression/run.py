@@ -57,7 +57,8 @@ QUICK_SETTING = {"pretrain_epochs": 1, "source_train": 128, "target_train": 96, 
 class Arguments:
     output_dir: str = field(default="outputs/regression", metadata={"help": "Folder for results and backbones."})
     setting: str = field(
-        default="deep", metadata={"help": "wide: Tables 1 and 2; deep: 9 and 10.", "choices": list(SETTINGS)}
+        default="deep",
+        metadata={"help": "wide: Tables 1 and 2; wide-short: a cut of it; deep: 9 and 10.", "choices": list(SETTINGS)},
     )
     methods: list[str] = field(
         default_factory=lambda: ["paper"],
