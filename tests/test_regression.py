@@ -393,6 +393,19 @@ def test_pretraining_learns_the_source_function(short):
         assert new < old
 
 
+def test_products_have_the_precision_of_the_setting(short, monkeypatch):
+    from settings import SETTINGS, Run
+    from train import pretrain
+
+    used = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", used.append)
+    for setting in (short, replace(short, matmul_precision="medium")):
+        pretrain(setting, [Run("Matyas", 0)], "cpu", False, lambda: None)
+    assert used == ["highest", "medium"]
+    precise = {name for name, setting in SETTINGS.items() if setting.matmul_precision == "highest"}
+    assert precise == {"wide", "deep"}  # the paper's own
+
+
 def test_the_command_goes_on_where_it_stopped(tmp_path):
     import run
 
