@@ -9,8 +9,8 @@ python recipes/regression/run.py --methods lora queryable instruction
 # Tables 1 and 2: the wide Transformer, on a GPU
 python recipes/regression/run.py --setting wide --methods lora queryable instruction --device cuda
 
-# The same cut to 100 epochs of pre-training and 200 of adaptation; two hours on two cores
-python recipes/regression/run.py --setting wide-short --methods lora queryable --seeds 1 --at_once 3
+# The same cut to 100 epochs of pre-training and 200 of adaptation; an hour on two cores
+python recipes/regression/run.py --setting wide-short --methods lora dora queryable --seeds 1 --at_once 5
 
 # What each part of the method buys, and what its open choices do, in shorter runs of their own
 python recipes/regression/run.py --methods lora queryable ablations sweep --epochs 500 --seeds 2
