@@ -13,7 +13,7 @@ python recipes/regression/run.py --setting wide --methods lora queryable instruc
 python recipes/regression/run.py --setting wide-short --methods lora dora queryable --seeds 1 --at_once 5
 
 # What each part of the method buys, and what its open choices do, in shorter runs of their own
-python recipes/regression/run.py --methods lora queryable ablations sweep --epochs 500 --seeds 2
+python recipes/regression/run.py --methods soap lora queryable ablations sweep --epochs 500 --seeds 2
 
 # How long that would take, by a few steps of each method
 python recipes/regression/run.py --setting wide --estimate
