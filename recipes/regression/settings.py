@@ -1,4 +1,4 @@
-"""What the paper's Sec. 4.1 and B.3 fix, and what a run is."""
+"""The settings of the paper's Sec. 4.1 and B.3, a cut of one that a CPU can do, and what a run is."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class Setting:
         target_train: target examples for adaptation.
         target_test: target examples held out; Sec. 4.1 does not tell their number.
         matmul_precision: torch's name for it; "medium" allows bfloat16 where a CPU has instructions for such products
-            (AMX), and on others takes oneDNN's float32 products, twice as fast as MKL's on CPUs of AMD.
+            (AMX). The paper states none.
     """
 
     backbone: str

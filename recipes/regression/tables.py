@@ -8,8 +8,7 @@ python recipes/regression/tables.py outputs/regression/deep.jsonl
 # Into docs/regression.md, too
 python recipes/regression/tables.py outputs/regression/deep.jsonl --write_docs
 
-Errors are means over the seeds, with their standard deviation; in brackets, the paper's. Comparisons are paired by
-seed: a seed has the same backbone and the same examples for every method.
+Errors are means over the seeds, with their standard deviation; in brackets, the paper's.
 """
 
 import json
@@ -24,8 +23,6 @@ from comparisons import (
     Results,
     comparison,
     errors,
-    first_gradient,
-    is_stuck,
     markdown,
     variant_table,
 )
@@ -68,24 +65,13 @@ def error_table(results: Results, setting: str, kind: str) -> str:
     return markdown([f"{kind} error", *map(NAMES.get, results)], rows)
 
 
-def plateaus(results: Results) -> str:
-    """How many runs a method leaves where they began, and the gradient that reaches the first adapted layer."""
-    rows = []
-    for method, by_function in results.items():
-        runs = [run for by_seed in by_function.values() for run in by_seed.values()]
-        stuck = sum(map(is_stuck, runs))
-        rows.append([NAMES[method], f"{stuck} of {len(runs)}", first_gradient(runs)])
-    gradient = f"first layer's gradient norm at epoch {runs[0]['curve'][1][0]}, median"
-    return markdown(["method", "runs that lowered the training error by less than a tenth", gradient], rows)
-
-
 def report(path: Path) -> str:
     """All tables of the runs in `path`, in Markdown, with pictures beside it."""
     results, setting = read(path), path.stem.removesuffix("-quick")
     parts = []
     if setting in SETTINGS:  # not a file of fewer epochs, which is of variants
         papers = {method: results[method] for method in NAMES if method in results}
-        parts += [*(error_table(papers, setting, kind) for kind in ("train", "test")), plateaus(papers)]
+        parts += [error_table(papers, setting, kind) for kind in ("train", "test")]
         if "lora" in results:
             parts += [comparison(results, method) for method in OURS if method in results]
         plot_curves(papers, path)
