@@ -3,8 +3,8 @@
 from .card import model_card
 from .encoders import BackboneEncoder, InstructionEncoder, SentenceEncoder
 from .instruction import InstructionCollator, instructions, set_instruction
-from .registration import QueryableLoraConfig, QueryableLoraModel, register
 from .tracing import RoutedCall, RoutingTrace, record_routing
+from .tuner.registration import QueryableLoraConfig, QueryableLoraModel, register
 from .version import __version__
 
 __all__ = [

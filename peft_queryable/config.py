@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig
 from peft.utils import PeftType
 
 from .card import update_card
+from .method.router import RouterSettings
 from .version import __version__
 
-ROUTING_SCOPES = ("auto", "causal", "prompt", "sequence")
+RoutingScope = Literal["auto", "causal", "prompt", "sequence"]  # "auto" and the names in method/scope.py
+ROUTING_SCOPES = get_args(RoutingScope)
 QUERY_TERMS = ("state", "depth", "instruction")
 
 # Initialisations of LoraConfig, and what they do to the base weight W and the update B A.
@@ -88,7 +90,7 @@ class QueryableLoraConfig(LoraConfig):
         default=32,
         metadata={"help": "Width d_k of queries and keys (32: keeps the adapter below the paper's size on Qwen2.5)."},
     )
-    routing_scope: Literal["auto", "causal", "prompt", "sequence"] = field(
+    routing_scope: RoutingScope = field(
         default="auto",
         metadata={
             "help": "Tokens averaged into the state that routes token t (Eq. 15): 'causal', those up to t; 'prompt', "
@@ -179,6 +181,26 @@ class QueryableLoraConfig(LoraConfig):
         """Save as PEFT does, and make the model card true that a `PeftModel` has just left in `save_directory`."""
         super().save_pretrained(save_directory, **kwargs)
         update_card(Path(save_directory))
+
+    def router_settings(self, num_blocks: int) -> RouterSettings:
+        """The settings of the adapter's router, in a model with `num_blocks` blocks in all stacks together."""
+        # With these, B A is not zero at the start, and the model equals its base only while S = 0.
+        starts_at_zero = self.init_lora_weights in ("orthogonal", *MOVING_INITIALISATIONS)
+        return RouterSettings(
+            rank=self.r,
+            num_atoms=self.num_atoms,
+            top_k=self.top_k,
+            num_blocks=num_blocks,
+            dim=self.router_dim,
+            instruction_dim=self.instruction_dim,
+            attention_temperature=self.attention_temperature,
+            depth_temperature=self.depth_temperature,
+            language_temperature=self.language_temperature,
+            instruction_strength=self.instruction_strength,
+            instruction_query_weight=self.instruction_query_weight,
+            query_terms=self.query_terms,
+            atom_scale=0.0 if starts_at_zero else self.init_atom_scale,
+        )
 
     def _refuse_unsupported(self) -> None:
         init = self.init_lora_weights

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import check_embeds
+from .calls.model_call import check_embeds
 from .encoders import InstructionEncoder, embed_texts
-from .model import QueryableLoraModel
+from .tuner.model import QueryableLoraModel
 
 
 @contextmanager
@@ -39,11 +39,8 @@ def instructions(
     tuner = _tuner(model)
     names = tuner.active_adapters if adapter_names is None else adapter_names
     embeds = {name: _embed(tuner, name, texts, encoder) for name in names}
-    outer, tuner.call.block = tuner.call.block, embeds
-    try:
+    with tuner.model_hooks.entered(instructions=embeds):
         yield
-    finally:
-        tuner.call.block = outer
 
 
 def set_instruction(
@@ -74,7 +71,7 @@ def set_instruction(
     if len(embeds) != 1:
         raise ValueError(f"A default instruction is one embedding, [1, d_c], got {len(embeds)} of them.")
     with torch.no_grad():
-        tuner.queryable_lora_router[name].instruction.weight.copy_(embeds)
+        tuner.queryable_lora_router[name].default_instruction.weight.copy_(embeds)
     config = tuner.peft_config[name]
     config.instruction = instruction if isinstance(instruction, str) else None
     if encoder is not None and isinstance(instruction, str):
@@ -123,22 +120,22 @@ class InstructionCollator:
 
 def _embed(
     tuner: QueryableLoraModel,
-    adapter: str,
+    adapter_name: str,
     instruction: str | Sequence[str | None] | Tensor | None,
     encoder: InstructionEncoder | None,
 ) -> Any:
-    """Embeddings [n, d_c] of `instruction` for `adapter`."""
-    if adapter not in tuner.peft_config:
-        raise ValueError(f"There is no adapter {adapter!r}, but {sorted(tuner.peft_config)}.")
-    dim = tuner.queryable_lora_router[adapter].instruction_dim
+    """Embeddings [n, d_c] of `instruction` for an adapter."""
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"There is no adapter {adapter_name!r}, but {sorted(tuner.peft_config)}.")
+    dim = tuner.queryable_lora_router[adapter_name].settings.instruction_dim
     source = "An instruction"
     if instruction is None:
         instruction = torch.zeros(1, dim or 0)
     elif dim is not None and not isinstance(instruction, Tensor):
-        encoder = encoder or tuner.instruction_encoder(adapter)
+        encoder = encoder or tuner.instruction_encoder(adapter_name)
         instruction = embed_texts(encoder, [instruction] if isinstance(instruction, str) else instruction)
         source = f"An instruction encoded by {encoder}"
-    check_embeds(instruction, adapter, dim, source)
+    check_embeds(instruction, adapter_name, dim, source)
     return instruction
 
 

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .context import Context
-from .model import QueryableLoraModel
-
-
-@dataclass(frozen=True)
-class RoutedCall:
-    """Routes of one adapter in one call of one stack of layers.
-
-    Args:
-        adapter: name of the adapter.
-        stack: name of the module that runs the layers.
-        weights: by block, counted through all stacks, the weights over the atoms [B, K, M], on the CPU. B is the
-            number of rows that the adapter serves; K is 1 where one route serves a row, else its number of tokens.
-        real: [B, K] bool, False for padding; None if all are real or K is 1.
-    """
-
-    adapter: str
-    stack: str
-    weights: dict[int, Tensor]
-    real: Tensor | None
+from .calls.record import RoutedCall
+from .tuner.model import QueryableLoraModel
 
 
 @dataclass
@@ -37,18 +19,18 @@ class RoutingTrace:
 
     calls: list[RoutedCall] = field(default_factory=list)
 
-    def weights(self, adapter: str = "default") -> dict[int, Tensor]:
-        """By block, all recorded weights of `adapter` without those of padding, [N, M].
+    def weights(self, adapter_name: str = "default") -> dict[int, Tensor]:
+        """By block, all recorded weights of an adapter without those of padding, [N, M].
 
         Raises:
             ValueError: if no call of this adapter was recorded.
         """
-        calls = [call for call in self.calls if call.adapter == adapter]
+        calls = [call for call in self.calls if call.adapter_name == adapter_name]
         if not calls:
-            recorded = sorted({call.adapter for call in self.calls})
+            recorded = sorted({call.adapter_name for call in self.calls})
             raise ValueError(
-                f"No route of adapter {adapter!r} was recorded, only of {recorded}. Call the model inside the block, "
-                "with this adapter active."
+                f"No route of adapter {adapter_name!r} was recorded, only of {recorded}. Call the model inside the "
+                "block, with this adapter active."
             )
         flat: dict[int, list[Tensor]] = {}
         for call in calls:
@@ -56,20 +38,10 @@ class RoutingTrace:
                 flat.setdefault(block, []).append(weights.flatten(0, 1) if call.real is None else weights[call.real])
         return {block: torch.cat(flat[block]) for block in sorted(flat)}
 
-    def record(self, context: Context) -> None:
-        """Take the routes of a call that has ended."""
-        for adapter, routing in context.routings.items():
-            first_block = context.plans[adapter].first_block
-            weights = {first_block + block: w.detach().cpu() for block, w in routing.weights().items()}
-            if weights:
-                is_by_token = next(iter(weights.values())).shape[1] > 1
-                real = routing.real.cpu() if is_by_token and routing.real is not None else None
-                self.calls.append(RoutedCall(adapter, context.name, weights, real))
-
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
-    """Record the routes of every call of `model` that ends inside the block, steps of `generate` included.
+    """Record the routes of every call of `model` in this thread that ends inside the block, `generate` included.
 
         with record_routing(model) as trace:
             model(**batch)
@@ -84,9 +56,6 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
     tuners = [module for module in model.modules() if isinstance(module, QueryableLoraModel)]
     if not tuners:
         raise ValueError("There is no Queryable LoRA adapter in this model whose routes could be recorded.")
-    trace = RoutingTrace()
-    with ExitStack() as undo:
-        for stack in tuners[0].stacks.values():
-            stack.recorders.append(trace.record)
-            undo.callback(stack.recorders.remove, trace.record)
+    trace, model_hooks = RoutingTrace(), tuners[0].model_hooks
+    with model_hooks.entered(recorders=(*model_hooks.call.recorders, trace.calls.append)):
         yield trace

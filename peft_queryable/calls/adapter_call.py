@@ -1,133 +1,125 @@
-"""The routes of one adapter in one forward call of one stack, made block by block while the stack runs."""
+"""One adapter in one call of one stack: its routes, made block by block as the stack runs, or brought by a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from .cache import RoutingState
-from .pooling import Pool, Tokens
-from .router import Router
-from .routes import Route, SequenceRoute, TokenRoute
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one adapter routes one stack.
-
-    Args:
-        adapter: name of the adapter.
-        router: its router.
-        scope: "causal", "prompt" or "sequence".
-        first_block: index, among the router's blocks, of the stack's first one.
-        num_blocks: number of blocks of the stack.
-    """
-
-    adapter: str
-    router: Router
-    scope: str
-    first_block: int
-    num_blocks: int
+from ..method.route import Route, make_route
+from ..method.scope import Pool, Tokens
+from .cache import CachedRouting, find_cache, load, store
+from .plan import Plan
+from .record import RoutedCall
+from .stack_call import StackCall
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows `index` [n] of a call's `batch` rows that one adapter serves, where a batch has several adapters."""
+class AdapterCall:
+    """One adapter in one call of one stack.
 
-    index: Tensor
-    batch: int
-
-    def take(self, x: Tensor) -> Tensor:
-        """Activations [B, ..., d] or [B T, d] of these rows: [n, T, d]."""
-        return x.reshape(self.batch, -1, x.shape[-1])[self.index.to(x.device)]
-
-    def put(self, x: Tensor, rows: Tensor) -> Tensor:
-        """`x` with `rows` [n, T, d] in the place of these rows."""
-        by_row = x.reshape(self.batch, -1, x.shape[-1])
-        return by_row.index_copy(0, self.index.to(x.device), rows.to(x.dtype)).view(x.shape)
-
-
-class Routing:
-    """Routes of one adapter in one call: made block by block while the stack runs.
-
-    Only the call itself adds to it: layers that run again in the backward pass of gradient checkpointing read it, and
-    add nothing (see [`Replay`]).
+    Its routes are made block by block while the stack runs, or it is born with the routes that an earlier prefill
+    left on the cache. Only the call itself adds to it; layers that gradient checkpointing runs again read it through
+    an [`AdapterReplay`](replay.py).
 
     Args:
         plan: how the adapter routes the stack.
-        tokens: the tokens of the rows that the adapter serves.
+        stack_call: the call of the stack.
+
+    Attributes:
+        rows: the rows that the adapter serves, None for all.
         batch: number B of these rows.
-        rows: which of the call's rows they are, or None for all.
-        instruction: embedding [B, d_c] or [1, d_c], or None for the adapter's default.
-        past: routing state of the tokens that the call's cache holds.
-        keeps_states: whether block states must outlive the mean made of them, for a replay.
+        gate_values: see [`CachedRouting`]; None where the gates have to be read as tensors.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        tokens: Tokens,
-        batch: int,
-        rows: Rows | None,
-        instruction: Tensor | None,
-        past: RoutingState,
-        keeps_states: bool,
-    ) -> None:
-        self.plan, self.batch, self.rows, self.past = plan, batch, rows, past
-        self.constants = _constants(past)
-        self.lookup = plan.router.prepare(instruction)
-        self.keeps_states, self.real = keeps_states, tokens.real
-        self.pool = Pool(tokens, plan.scope)
-        # Blocks before this one have means that a later block reads.
+    def __init__(self, plan: Plan, stack_call: StackCall) -> None:
+        self.plan, self.key = plan, (plan.adapter_name, stack_call.stack)
+        self.rows = stack_call.rows(plan.adapter_name)
+        self.batch = stack_call.batch if self.rows is None else len(self.rows.index)
+        self.keeps_states = stack_call.is_checkpointing  # block states must outlive their mean, for a replay
+        self.length = 0  # tokens per row
+        self.real: Tensor | None = None
+        instruction = stack_call.instruction(plan)
+        self.past = load(stack_call.cache, self.key, id(plan.router), self.rows)
+        self.gate_values = _gate_values(self.past)
+        self.is_routed = bool(self.past.routes)  # born with routes
+        self.routes: list[Route | None] = [self.past.routes.get(block) for block in range(plan.num_blocks)]
+        self.entries: list[nn.Module | None] = [None] * plan.num_blocks
+        if not self.is_routed:
+            tokens = stack_call.tokens()
+            if self.rows is not None:
+                tokens = tokens.of_rows(self.rows.index)
+                if instruction is not None and instruction.shape[0] > 1:
+                    instruction = self.rows.select(instruction)
+            self._prepare(tokens, instruction)
+
+    def _prepare(self, tokens: Tokens, instruction: Tensor | None) -> None:
+        """Get ready to make routes."""
+        plan = self.plan
+        self.shared = plan.router.prepare(instruction)
+        self.real, self.pool = tokens.real, Pool(plan.scope, tokens)
+        # A block before this one has a mean that a later block reads.
         self.last_read = plan.num_blocks - 1 if plan.router.uses_depth else 0
-        self.count: Tensor | None = None  # number of tokens in each sum over `counted` tokens a row
+        self.count: Tensor | None = None  # number of tokens in each sum over `counted` tokens per row
         self.counted = 0
-        self.length = 0
         self.sums: dict[str, Tensor] = {}  # running sums of this call's tokens, for the cache
-        self.routes: list[Route | None] = [None] * plan.num_blocks
         self.means: list[Tensor | None] = [None] * plan.num_blocks  # pooled block means, [B, K, r]
         self.states: list[list[Tensor]] = [[] for _ in range(plan.num_blocks)]  # rank states by block, each [B, T, r]
-        self.entries: list[nn.Module | None] = [None] * plan.num_blocks
 
-    def route(self, block: int, layer: nn.Module, states: Tensor, entry_states: Callable[[], Tensor]) -> Route:
-        """The route of `block`, made from `entry_states()` [B, T, r] by the first layer that asks.
+    # What an adapted module asks for, in this order
 
-        The layer's own `states` [B, T, r] go into the mean of its block (Algorithm 2, line 43).
+    def by_row(self, states: Tensor) -> Tensor:
+        """Rank states [B, ..., r] or [B T, r] as [B, T, r].
+
+        Raises:
+            ValueError: if they are not the call's tokens row by row.
         """
-        route = self.routes[block]
-        if route is None:
-            self.entries[block] = layer
-            self.routes[block], mean = route, _ = self.make_route(block, entry_states)
-            if block > 0:
-                self.means[block - 1] = mean
-                if not self.keeps_states:
-                    self.states[block - 1] = []
-        self.length = states.shape[1]
-        if block < self.last_read and self.routes[block + 1] is None:
-            self.states[block].append(states)
+        if states.ndim == 3 and states.shape[0] == self.batch:
+            return states
+        if states.shape[0] % self.batch != 0:
+            raise ValueError(
+                f"A module got activations whose leading dimension is {states.shape[0]} in a call of batch size "
+                f"{self.batch}, so they are not the call's tokens row by row and cannot be routed. Exclude the module "
+                "with `exclude_modules`."
+            )
+        return states.reshape(self.batch, -1, states.shape[-1])
+
+    def route_for(self, block: int, layer: nn.Module) -> Route | None:
+        """The route of `block`; None if `layer` is the block's entry, which has to choose it."""
+        return self.routes[block]
+
+    def choose(self, block: int, layer: nn.Module, entry_states: Tensor) -> Route:
+        """Choose the route of `block` by the token states of its entry, `entry_states` [B, T, r]."""
+        self.entries[block] = layer
+        self.routes[block], mean = route, _ = self.make_route(block, entry_states)
+        if block > 0:
+            self.means[block - 1] = mean
+            if not self.keeps_states:
+                self.states[block - 1] = []
         return route
 
-    def make_route(self, block: int, entry_states: Callable[[], Tensor]) -> tuple[Route, Tensor | None]:
+    def keep(self, block: int, states: Tensor) -> None:
+        """Keep a module's `states` [B, T, r] for the mean of its block (Algorithm 2, line 43)."""
+        self.length = states.shape[1]
+        if not self.is_routed and block < self.last_read and self.routes[block + 1] is None:
+            self.states[block].append(states)
+
+    def make_route(self, block: int, entry_states: Tensor) -> tuple[Route, Tensor | None]:
         """The route of `block` and the mean of the block before it; changes nothing that a replay reads."""
         router = self.plan.router
         mean = self._block_mean(block - 1) if block > 0 and self.states[block - 1] else None
-        state = self._pooled(f"entry.{block}", entry_states())
+        state = self._pooled(f"entry.{block}", entry_states)
         means = [m for m in (*self.means[: max(block - 1, 0)], mean) if m is not None]
         device = router.keys.weight.device
-        weights = router(self.plan.first_block + block, state.to(device), [m.to(device) for m in means], self.lookup)
-        if weights.shape[1] == 1:
-            return SequenceRoute.of(router, weights), mean
-        return TokenRoute(router, weights), mean
+        weights = router(self.plan.first_block + block, state.to(device), [m.to(device) for m in means], self.shared)
+        return make_route(router.atoms, weights), mean
 
     def _block_mean(self, block: int) -> Tensor:
         """Mean over the block's adapted modules of their pooled states (Algorithm 2, line 45): [B, K, r]."""
         states = [s.to(self.states[block][0].device) for s in self.states[block]]
         if all(s.shape[1] == states[0].shape[1] for s in states):
-            # Pooling is linear: one pooling of the modules' mean, not one a module.
+            # Pooling is linear: pool the modules' mean once, not every module.
             states = [torch.stack(states).to(torch.promote_types(states[0].dtype, torch.float32)).mean(0)]
         return torch.stack([self._pooled(f"mean.{block}", s) for s in states]).mean(0)
 
@@ -140,95 +132,80 @@ class Routing:
 
     def _continued(self, name: str, sums: Tensor) -> Tensor:
         """Running sums [B, T, ...] of the call, continued from those of the cached tokens."""
-        if not self.pool.causal:
+        if not self.plan.scope.is_per_token:
             return sums
         if self.past.sums:
             sums = sums + self.past.sums[name][:, -1:].to(sums.device)
         self.sums[name] = sums
         return sums
 
-    def state(self, is_croppable: bool) -> RoutingState:
-        """What the call's cache, croppable or not, has to carry for the tokens to come."""
-        if self.plan.scope == "causal":
-            state = self.past.extended(self.length, self.sums, is_croppable)
-        else:
-            routes = {block: route.fixed() for block, route in enumerate(self.routes) if route is not None}
-            prefill_length = self.pool.last_seen(self.length)
-            state = RoutingState(self.past.router, self.length, routes=routes, prefill_length=prefill_length)
-        return state if self.rows is None else state.spread(self.rows.index, self.rows.batch)
+    # When the call has ended
 
-    def weights(self) -> dict[int, Tensor]:
-        """Weights over the atoms by block, each [B, K, M]."""
-        return {block: route.weights for block, route in enumerate(self.routes) if route is not None}
+    def store(self, cache: Cache) -> None:
+        """Put on `cache` what routes of the tokens to come need."""
+        if self.length == 0:
+            return  # no adapted module ran
+        if self.is_routed:
+            cached = self.past.extended(self.length, {}, cache.is_croppable)
+        elif self.plan.scope.is_per_token:
+            cached = self.past.extended(self.length, self.sums, cache.is_croppable)
+        else:
+            routes = {block: route.last() for block, route in enumerate(self.routes) if route is not None}
+            prefill_length = self.pool.last_seen(self.length)
+            cached = CachedRouting(self.past.router, self.length, routes=routes, prefill_length=prefill_length)
+        store(cache, self.key, cached if self.rows is None else cached.spread(self.rows))
+
+    def record(self) -> RoutedCall | None:
+        """The call's routes; None if it made none."""
+        first_block = self.plan.first_block
+        weights = {first_block + b: route.weights.detach().cpu() for b, route in enumerate(self.routes) if route}
+        if not weights:
+            return None
+        is_per_token = next(iter(weights.values())).shape[1] > 1
+        real = self.real.cpu() if is_per_token and self.real is not None else None
+        return RoutedCall(*self.key, weights, real)
 
     def seal(self) -> None:
-        """Cut what a replay reads off the graph: the graph holds the replay, and must not be held by it in turn."""
+        """Detach what a replay reads: the graph holds the replay, which must not hold the graph in turn."""
+        if self.is_routed:
+            return
         self.sums = {}
         self.states = [[_leaf(s) for s in states] for states in self.states]
         self.means = [None if m is None else _leaf(m) for m in self.means]
         self.routes = [None if route is None else route.map(_leaf) for route in self.routes]
-        self.lookup = self.lookup.map(_leaf)
-
-    def replay(self) -> Replay:
-        return Replay(self)
+        self.shared = self.shared.map(_leaf)
 
 
-class FixedRouting:
-    """Routes of one adapter in a call that goes on from the prefill that fixed them: its tokens have no say in them.
+class RunningCall:
+    """A call of a stack while it runs, with an [`AdapterCall`] for each adapter, made when it is first asked for."""
 
-    Args:
-        batch: number B of rows that the adapter serves.
-        rows: which of the call's rows they are, or None for all.
-        past: routing state of the tokens that the call's cache holds.
-    """
+    def __init__(self, stack_call: StackCall, plans: dict[str, Plan]) -> None:
+        self.stack_call, self.plans = stack_call, plans
+        self.adapter_calls: dict[str, AdapterCall] = {}
 
-    def __init__(self, batch: int, rows: Rows | None, past: RoutingState) -> None:
-        self.batch, self.rows, self.past = batch, rows, past
-        self.length, self.real = 0, None
-        self.constants = _constants(past)
+    def adapter_call(self, adapter_name: str) -> AdapterCall:
+        if adapter_name not in self.adapter_calls:
+            self.adapter_calls[adapter_name] = AdapterCall(self.plans[adapter_name], self.stack_call)
+        return self.adapter_calls[adapter_name]
 
-    def route(self, block: int, layer: nn.Module, states: Tensor, entry_states: Callable[[], Tensor]) -> Route:
-        self.length = states.shape[1]
-        return self.past.routes[block]
-
-    def state(self, is_croppable: bool) -> RoutingState:
-        state = self.past.extended(self.length, {}, is_croppable)
-        return state if self.rows is None else state.spread(self.rows.index, self.rows.batch)
-
-    def weights(self) -> dict[int, Tensor]:
-        return {block: route.weights for block, route in self.past.routes.items()}
-
-    def seal(self) -> None:
-        pass
-
-    def replay(self) -> FixedRouting:
-        return self
+    def close(self, output: Any) -> None:
+        """End the call: store on its cache what later calls need, ready it for replays, and tell recorders."""
+        stack_call = self.stack_call
+        cache = stack_call.cache if stack_call.cache is not None else find_cache(output)
+        for call in self.adapter_calls.values():
+            if cache is not None:
+                call.store(cache)
+            if stack_call.is_checkpointing:
+                call.seal()
+        for record in stack_call.model_call.recorders:
+            for call in self.adapter_calls.values():
+                if (routed := call.record()) is not None:
+                    record(routed)
 
 
-class Replay:
-    """A finished [`Routing`] as seen by layers that gradient checkpointing runs again in the backward pass.
-
-    The layer that made a route makes it again, because what it saved for the backward pass has to be saved again; all
-    others find the route that was made. Nothing is kept: blocks come back last first, and any number of times.
-    """
-
-    constants = None
-
-    def __init__(self, routing: Routing) -> None:
-        self.routing, self.batch, self.rows = routing, routing.batch, routing.rows
-
-    def route(self, block: int, layer: nn.Module, states: Tensor, entry_states: Callable[[], Tensor]) -> Route:
-        if self.routing.entries[block] is layer:
-            return self.routing.make_route(block, entry_states)[0]
-        route = self.routing.routes[block]
-        assert route is not None  # every layer that runs again has run before
-        return route
-
-
-def _constants(past: RoutingState) -> dict[int, Any] | None:
-    """Where the steps of a cache keep what they make of weights alone; None where a graph of either kind is made."""
+def _gate_values(past: CachedRouting) -> dict[int, float] | None:
     is_step = past.length > 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return past.constants if is_step else None
+    return past.gate_values if is_step else None  # as floats they would be constants of a graph of either kind
 
 
 def _leaf(t: Tensor) -> Tensor:

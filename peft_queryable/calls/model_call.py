@@ -1,19 +1,91 @@
-"""The outermost call of a model: its labels, its prompt and its instruction, which no inner module sees."""
+"""The outermost call of a model: its labels, prompt, instruction and adapter names, which no inner module sees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .pooling import IGNORE_INDEX
-from .routing import Plan
+from .current import Current
+from .plan import Plan
+from .record import Recorder
+from .rows import name_rows
+from .tokens import IGNORE_INDEX
 
 
-class OuterCall:
-    """Inputs of the outermost call that concern routing, kept while the call lasts.
+@dataclass(frozen=True)
+class ModelCall:
+    """What the outermost call, and the `with` blocks around it, say about routing.
+
+    Args:
+        labels: [B, T], -100 where unsupervised, aligned with the tokens they are the targets of.
+        prompt_mask: [B, T] bool or 0/1, True for prompt tokens.
+        prompt_length: in `generate`, the number of leading tokens that are the prompt; None outside.
+        instruction_embeds: embeddings e(c) passed to the call, [B, d_c] or [1, d_c].
+        instructions: by adapter, the embeddings of the innermost `use_instructions` block; None outside of one.
+        adapter_names: [B], the adapter of each row in a batch of several, "__base__" for rows without one; None for a
+            batch of the active adapters.
+        recorders: called with a [`RoutedCall`] for each adapter when a stack's call ends.
+    """
+
+    labels: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    prompt_length: int | None = None
+    instruction_embeds: Tensor | None = None
+    instructions: Mapping[str, Tensor] | None = None
+    adapter_names: tuple[str, ...] | None = None
+    recorders: tuple[Recorder, ...] = ()
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether this is a step of `generate`, which may repeat rows, for example for beams."""
+        return self.prompt_length is not None
+
+    def row_adapters(self, batch: int) -> list[str] | None:
+        """The adapter of each of `batch` rows, or None for a batch of the active adapters."""
+        return name_rows(self.adapter_names, batch, may_repeat=self.is_generating)
+
+    def instruction(self, plan: Plan, batch: int) -> Tensor | None:
+        """The embeddings that an adapter follows in a call of `batch` rows, [B or 1, d_c]; None for its default.
+
+        Raises:
+            ValueError: if there is another number of instructions than rows, or if a block of instructions is open
+                that was not entered for this adapter.
+        """
+        embeds = self._given_instruction(plan)
+        if embeds is None:
+            return None
+        rows = embeds.shape[0]
+        if self.is_generating and batch % rows == 0:
+            return embeds.repeat_interleave(batch // rows, dim=0)
+        if rows not in (1, batch):
+            raise ValueError(
+                f"{rows} instructions were given for a call of batch size {batch}: give one, or one for each row of "
+                "the batch."
+            )
+        return embeds
+
+    def _given_instruction(self, plan: Plan) -> Tensor | None:
+        if self.instruction_embeds is not None or self.instructions is None:
+            return self.instruction_embeds
+        if plan.adapter_name not in self.instructions and plan.router.settings.instruction_dim is not None:
+            raise ValueError(
+                f"The block of instructions was entered for adapters {sorted(self.instructions)}, and "
+                f"{plan.adapter_name!r} has been set since. Enter it after `set_adapter`, or name the adapters in its "
+                "`adapter_names`."
+            )
+        return self.instructions.get(plan.adapter_name)
+
+
+_NOTHING_SAID = ModelCall()
+
+
+class ModelHooks:
+    """Opens a [`ModelCall`] when the base model is called or generates.
 
     The base model sees only the labels; `prompt_mask` and `instruction_embeds` are taken from the call. Whatever class
     of PEFT or TRL calls the model or its `generate`, it passes through here.
@@ -21,31 +93,17 @@ class OuterCall:
     Args:
         model: the base model.
         active_plans: how the adapters that are active now route the stacks they adapt.
-
-    Attributes:
-        labels: [B, T], -100 where unsupervised, aligned with the tokens they are the targets of.
-        prompt_mask: [B, T] bool or 0/1, True for prompt tokens.
-        prompt_length: in `generate`, the number of leading tokens that are the prompt; None outside.
-        instruction: embeddings e(c) given to the call, [B, d_c] or [1, d_c].
-        block: embeddings of the open block of [`instructions`], by adapter.
-        adapter_names: [B], the adapter of each row of a batch that has several, "__base__" for none; None for a batch
-            of the active ones.
     """
 
     def __init__(self, model: nn.Module, active_plans: Callable[[], list[Plan]]) -> None:
+        self.current = Current()
         self.active_plans = active_plans
-        self.labels: Tensor | None = None
-        self.prompt_mask: Tensor | None = None
-        self.prompt_length: int | None = None
-        self.instruction: Tensor | None = None
-        self.block: dict[str, Tensor] | None = None
-        self.adapter_names: list[str] | None = None
         self.is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.hooks = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, always_call=True),
         ]
-        self.own_generate = vars(model).get("generate")  # a patch that was there before, by TRL say
+        self.own_generate = vars(model).get("generate")  # a patch that was there before, for example TRL's
         self.base_generate: Any = getattr(model, "generate", None)
         if self.base_generate is not None:
             setattr(model, "generate", self.generate)  # noqa: B010  (a method, to the type checker)
@@ -58,58 +116,58 @@ class OuterCall:
             setattr(model, "generate", self.own_generate)  # noqa: B010
 
     @property
-    def is_generating(self) -> bool:
-        """Whether a step of `generate` runs, which repeats rows, for beams say."""
-        return self.prompt_length is not None
+    def call(self) -> ModelCall:
+        """What this thread's call, or the `with` blocks it is in, say."""
+        return self.current.call or _NOTHING_SAID
 
-    def row_adapters(self, batch: int) -> list[str] | None:
-        """The adapter of each of `batch` rows, or None for a batch of the active adapters.
-
-        Raises:
-            ValueError: if `adapter_names` has another number of names.
-        """
-        names = self.adapter_names
-        if names is None:
-            return None
-        if len(names) == 0 or batch % len(names) or (batch != len(names) and not self.is_generating):
-            raise ValueError(
-                f"`adapter_names` has {len(names)} names for a batch of {batch}: give one name for each row, "
-                "'__base__' for rows without an adapter."
-            )
-        return [name for name in names for _ in range(batch // len(names))]
+    @contextmanager
+    def entered(self, **changes: Any) -> Iterator[None]:
+        """While the block lasts, this thread's calls have these fields of [`ModelCall`]."""
+        with self.current.entered(replace(self.call, **changes)):
+            yield
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
-        self.labels = kwargs.get("labels")
-        if self.is_encoder_decoder and self.labels is not None:
-            self.labels = F.pad(self.labels, (1, -1), value=IGNORE_INDEX)  # there, a label is the next input token
-        self.prompt_mask = kwargs.pop("prompt_mask", None)
+        labels = kwargs.get("labels")
+        if self.is_encoder_decoder and labels is not None:
+            labels = F.pad(labels, (1, -1), value=IGNORE_INDEX)  # there, a label is the next input token
+        prompt_mask = kwargs.pop("prompt_mask", None)
         instruction = kwargs.pop("instruction_embeds", None)
-        if not self.is_generating:  # else this is one of its steps, and it was given the instruction
-            self.instruction = self._checked(instruction)
+        outer = self.call
+        if outer.is_generating:  # this is one of its steps, and it was given the instruction
+            instruction = outer.instruction_embeds
+        else:
+            self._check_instruction(instruction)
+        self.current.open(
+            ModelCall(
+                labels=labels,
+                prompt_mask=prompt_mask,
+                prompt_length=outer.prompt_length,
+                instruction_embeds=instruction,
+                instructions=outer.instructions,
+                adapter_names=outer.adapter_names,
+                recorders=outer.recorders,
+            )
+        )
         return args, kwargs
 
     def _close(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.labels = self.prompt_mask = None
-        if not self.is_generating:
-            self.instruction = None
+        self.current.close()
 
     def generate(self, *args: Any, instruction_embeds: Tensor | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate`, for every step of which the prompt stays what it is called with.
+        """The base model's `generate`, with the prompt it is called with as the prompt of all its steps.
 
         Args:
             instruction_embeds: [B, d_c] or [1, d_c], for all steps.
 
         Raises:
-            ValueError: for chunked prefill, unless every route is `causal`.
+            ValueError: for chunked prefill, unless every scope allows it.
         """
         self._check_prefill(kwargs)
-        self.prompt_length = self._prompt_length(args, kwargs)
-        try:
-            self.instruction = self._checked(instruction_embeds)
+        self._check_instruction(instruction_embeds)
+        prompt_length = self._prompt_length(args, kwargs)
+        with self.entered(prompt_length=prompt_length, instruction_embeds=instruction_embeds):
             return self.base_generate(*args, **kwargs)
-        finally:
-            self.prompt_length = self.instruction = None
 
     def _prompt_length(self, args: tuple, kwargs: dict[str, Any]) -> int:
         names = ("decoder_input_ids",) if self.is_encoder_decoder else ("input_ids", "inputs", "inputs_embeds")
@@ -122,44 +180,29 @@ class OuterCall:
             getattr(self.base_generate, "__self__", None), "generation_config", None
         )
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        scopes = {plan.scope for plan in self.active_plans()} - {"causal"}
+        scopes = sorted({plan.scope.name for plan in self.active_plans() if not plan.scope.is_per_token})
         if chunk is not None and scopes:
             raise ValueError(
-                f"`prefill_chunk_size` cannot be used with routing scope {sorted(scopes)}: the route of the first "
-                "chunk depends on the last. Use `routing_scope='causal'`, or prefill in one chunk."
+                f"`prefill_chunk_size` cannot be used with routing scope {scopes}: the route of the first chunk "
+                "depends on the last. Use `routing_scope='causal'`, or prefill in one chunk."
             )
 
-    def _checked(self, embeds: Tensor | None) -> Tensor | None:
+    def _check_instruction(self, embeds: Tensor | None) -> None:
         for plan in self.active_plans() if embeds is not None else ():
-            check_embeds(embeds, plan.adapter, plan.router.instruction_dim, "`instruction_embeds`")
-        return embeds
-
-    def instruction_for(self, plan: Plan) -> Tensor | None:
-        """The embeddings that an adapter follows in this call, [n, d_c]; None for its own default.
-
-        Raises:
-            ValueError: if a block of instructions is open that was not entered for this adapter.
-        """
-        if self.instruction is not None or self.block is None:
-            return self.instruction
-        if plan.adapter not in self.block and plan.router.instruction_dim is not None:
-            raise ValueError(
-                f"The block of instructions was entered for adapters {sorted(self.block)}, and {plan.adapter!r} has "
-                "been set since. Enter it after `set_adapter`, or name the adapters in its `adapter_names`."
-            )
-        return self.block.get(plan.adapter)
+            check_embeds(embeds, plan.adapter_name, plan.router.settings.instruction_dim, "`instruction_embeds`")
 
 
-def check_embeds(embeds: Any, adapter: str, dim: int | None, source: str) -> None:
+def check_embeds(embeds: Any, adapter_name: str, dim: int | None, source: str) -> None:
     """Raise a ValueError unless `embeds`, which came from `source`, are instruction embeddings [n, `dim`]."""
     if dim is None:
         raise ValueError(
-            f"{source} was given, but adapter {adapter!r} takes no instruction: it was made with "
+            f"{source} was given, but adapter {adapter_name!r} takes no instruction: it was made with "
             "`instruction_dim=None`. Leave the instruction out, or train an adapter with `instruction_encoder` or "
             "`instruction_dim`."
         )
     if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[1] != dim:
         shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
         raise ValueError(
-            f"{source} must be a tensor of shape [batch, {dim}] or [1, {dim}] for adapter {adapter!r}, got {shape}."
+            f"{source} must be a tensor of shape [batch, {dim}] or [1, {dim}] for adapter {adapter_name!r}, got "
+            f"{shape}."
         )

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .context import Context
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .stack import Stack
+from ..method.route import Route
+from .adapter_call import AdapterCall, RunningCall
+from .current import Current
+
+
+class AdapterReplay:
+    """An [`AdapterCall`] that has ended, as layers see it that gradient checkpointing runs again.
+
+    The layer that chose a route makes it again, because what it saved for the backward pass has to be saved again; all
+    others find the route that was made. Nothing is kept: blocks come back last first, and any number of times.
+    """
+
+    gate_values = None
+
+    def __init__(self, call: AdapterCall) -> None:
+        self.call, self.batch, self.rows, self.by_row = call, call.batch, call.rows, call.by_row
+
+    def route_for(self, block: int, layer: nn.Module) -> Route | None:
+        return None if self.call.entries[block] is layer else self.call.routes[block]
+
+    def choose(self, block: int, layer: nn.Module, entry_states: Tensor) -> Route:
+        return self.call.make_route(block, entry_states)[0]
+
+    def keep(self, block: int, states: Tensor) -> None:
+        """Nothing to do: the call itself has kept them."""
+
+
+class StackReplay:
+    """A [`RunningCall`] that has ended, as layers see it that gradient checkpointing runs again."""
+
+    def __init__(self, call: RunningCall) -> None:
+        self.calls = {name: AdapterReplay(adapter_call) for name, adapter_call in call.adapter_calls.items()}
+
+    def adapter_call(self, adapter_name: str) -> AdapterReplay:
+        return self.calls[adapter_name]
 
 
 class BoundCheckpoint:
@@ -20,32 +53,32 @@ class BoundCheckpoint:
     is bound to its own checkpoint.
 
     Args:
-        stacks: the stacks whose modules may be in a checkpointed layer.
+        currents: for each stack whose modules may be in a checkpointed layer, its running call.
         checkpoint: what transformers' checkpointing installed: `torch.utils.checkpoint.checkpoint`, partially applied.
 
     Raises:
         ValueError: if `checkpoint` is reentrant.
     """
 
-    def __init__(self, stacks: Mapping[Any, Stack], checkpoint: Callable) -> None:
+    def __init__(self, currents: Sequence[Current], checkpoint: Callable) -> None:
         if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "Queryable LoRA does not support reentrant gradient checkpointing: it runs the first pass without a "
                 "graph, so a route would get no gradient from the layers that use it. Pass "
                 "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
-        self.stacks, self.checkpoint = stacks, checkpoint
+        self.currents, self.checkpoint = currents, checkpoint
         # Where the caller says nothing, as `prepare_model_for_kbit_training`, torch's own default is still reentrant.
         self.run = partial(checkpoint, use_reentrant=False)
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        calls = [(stack, stack.context) for stack in self.stacks.values() if isinstance(stack.context, Context)]
+        calls = [(current, current.call) for current in self.currents if isinstance(current.call, RunningCall)]
 
         def bound(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as entered:
-                for stack, context in calls:
-                    if stack.context is not context:  # not the first pass
-                        entered.enter_context(stack.entered(context.replay()))
+                for current, call in calls:
+                    if current.call is not call:  # not the first pass
+                        entered.enter_context(current.entered(StackReplay(call)))
                 return function(*args, **kwargs)
 
         return self.run(bound, *args, **kwargs)

@@ -1,40 +1,51 @@
-"""Which tokens a route sees: real tokens, sequences, prompts, and means over them (Eq. 15 and METHOD's scopes).
-
-Rank states come as [B, T, r]: B rows of T tokens. A row is one sequence, or several packed one after another.
-"""
+"""What a call's arguments tell of its tokens: padding, packed sequences and prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..method.scope import Tokens, segment_cumsum
+
 IGNORE_INDEX = -100  # label of unsupervised tokens, as in transformers
 
 
-@dataclass
-class Tokens:
-    """The tokens of one call; None means "all of them" for a mask and "one sequence a row" for `segments`.
+def read_tokens(
+    inputs: Tensor,
+    kwargs: Mapping[str, Any],
+    past: int = 0,
+    labels: Tensor | None = None,
+    prompt_mask: Tensor | None = None,
+    prompt_length: int | None = None,
+) -> Tokens:
+    """The tokens of a call of a stack.
 
     Args:
-        real: [B, T] bool, False for padding.
-        prompt: [B, T] bool, True before the first supervised token of the token's sequence.
-        given: [B, T] bool, True for the tokens that `generate` was called with.
-        segments: [B, T] int64, index of the token's sequence within its packed row, in order from 0.
+        inputs: token ids [B, T] or hidden states [B, T, ...] of the call, or inputs [B, ...] of another kind.
+        kwargs: keyword arguments of the stack's call, as transformers passes them.
+        past: number of tokens of each row that the call's cache holds.
+        labels: [B, T], of the tokens they stand at; see [`prompt_tokens`].
+        prompt_mask: [B, T]; see [`prompt_tokens`].
+        prompt_length: number of leading tokens of each row that are its prompt.
     """
-
-    real: Tensor | None = None
-    prompt: Tensor | None = None
-    given: Tensor | None = None
-    segments: Tensor | None = None
-
-    def rows(self, index: Tensor) -> Tokens:
-        """The tokens of the rows `index` [n] alone."""
-        masks = (self.real, self.prompt, self.given, self.segments)
-        return Tokens(*(None if mask is None else mask[index.to(mask.device)] for mask in masks))
+    batch = inputs.shape[0]
+    has_tokens = inputs.ndim == (3 if inputs.is_floating_point() else 2)
+    length = inputs.shape[1] if has_tokens else None
+    segments = packed_segments(kwargs, batch, length) if past == 0 else None
+    if labels is not None and (labels.ndim != 2 or labels.is_floating_point()):
+        labels = None  # of whole sequences, not of tokens
+    real = real_tokens(kwargs.get("attention_mask"), batch)
+    if real is not None and length is not None:
+        real = real[:, past : past + length]  # of the call's own tokens
+    given = None
+    if prompt_length is not None and past == 0:
+        given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
+    # The outermost call's own, which accelerate has not moved yet where it moves inputs to the model's device.
+    labels, prompt_mask = (None if t is None else t.to(inputs.device) for t in (labels, prompt_mask))
+    return Tokens(real, prompt_tokens(labels, prompt_mask, real, segments), given, segments)
 
 
 def real_tokens(attention_mask: Any, batch: int) -> Tensor | None:
@@ -110,116 +121,3 @@ def prompt_tokens(
     if real is not None:
         supervised = supervised & real
     return segment_cumsum(supervised.long().unsqueeze(-1), segments).squeeze(-1) == 0
-
-
-def segment_cumsum(x: Tensor, segments: Tensor | None) -> Tensor:
-    """Running sums of `x` [B, T, r] along T that restart with every segment [B, T]."""
-    if segments is None:
-        return x.cumsum(1)
-    # float64, so that subtracting what earlier sequences of a packed row add up to leaves their rounding behind.
-    sums = x.double().cumsum(1) if x.is_floating_point() else x.cumsum(1)
-    index = torch.arange(x.shape[1], device=x.device).expand_as(segments)
-    is_first = torch.nn.functional.pad(torch.diff(segments, dim=-1) != 0, (1, 0), value=True)
-    start = torch.where(is_first, index, 0).cummax(-1).values.unsqueeze(-1).expand_as(x)  # first token of the segment
-    return (sums - (sums - x).gather(1, start)).to(x.dtype)
-
-
-def segment_sum(x: Tensor, segments: Tensor | None) -> Tensor:
-    """Sums of `x` [B, T, r] over each segment [B, T], at every one of its tokens: [B, T, r]; [B, 1, r] for rows."""
-    if segments is None:
-        return x.sum(1, keepdim=True)
-    index = segments.unsqueeze(-1).expand_as(x)
-    return torch.zeros_like(x).scatter_add(1, index, x).gather(1, index)
-
-
-def read_tokens(
-    inputs: Tensor,
-    kwargs: Mapping[str, Any],
-    past: int = 0,
-    labels: Tensor | None = None,
-    prompt_mask: Tensor | None = None,
-    prompt_length: int | None = None,
-) -> Tokens:
-    """The tokens of a call of a stack.
-
-    Args:
-        inputs: token ids [B, T] or hidden states [B, T, ...] of the call, or inputs [B, ...] of another kind.
-        kwargs: keyword arguments of the stack's call, as transformers passes them.
-        past: number of tokens of each row that the call's cache holds.
-        labels: [B, T], of the tokens they stand at; see [`prompt_tokens`].
-        prompt_mask: [B, T]; see [`prompt_tokens`].
-        prompt_length: number of leading tokens of each row that are its prompt.
-    """
-    batch = inputs.shape[0]
-    has_tokens = inputs.ndim == (3 if inputs.is_floating_point() else 2)
-    length = inputs.shape[1] if has_tokens else None
-    segments = packed_segments(kwargs, batch, length) if past == 0 else None
-    if labels is not None and (labels.ndim != 2 or labels.is_floating_point()):
-        labels = None  # of whole sequences, not of tokens
-    real = real_tokens(kwargs.get("attention_mask"), batch)
-    if real is not None and length is not None:
-        real = real[:, past : past + length]  # of the call's own tokens
-    given = None
-    if prompt_length is not None and past == 0:
-        given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
-    # The outermost call's own, which accelerate has not moved yet where it moves inputs to the model's device.
-    labels, prompt_mask = (None if t is None else t.to(inputs.device) for t in (labels, prompt_mask))
-    return Tokens(real, prompt_tokens(labels, prompt_mask, real, segments), given, segments)
-
-
-class Pool:
-    """Sums of rank states over the tokens that a scope lets a route see, for one call of one stack.
-
-    Args:
-        tokens: the call's tokens.
-        scope: "causal": position t sees the real tokens up to t, and there is one sum a token. "prompt" and
-            "sequence": it sees all real tokens of its sequence, those of the prompt alone in "prompt", and there is
-            one sum a row, or one a token where rows are packed. Generated tokens never count in these two.
-    """
-
-    def __init__(self, tokens: Tokens, scope: str) -> None:
-        self.causal = scope == "causal"
-        self.segments = tokens.segments
-        seen = {
-            "causal": (tokens.real,),
-            "prompt": (tokens.real, tokens.given, tokens.prompt),
-            "sequence": (tokens.real, tokens.given),
-        }[scope]
-        masks = [mask for mask in seen if mask is not None]
-        self.mask = torch.stack(masks).all(0).unsqueeze(-1) if masks else None  # [B, T, 1]
-        self.unseen = None if self.mask is None else ~self.mask
-
-    def sum(self, states: Tensor) -> Tensor:
-        """Sums of `states` [B, T, r] in at least float32: [B, T, r], or [B, 1, r] where one serves a row.
-
-        Raises:
-            ValueError: if `states` and the call's masks disagree on T.
-        """
-        states = states.to(torch.promote_types(states.dtype, torch.float32))
-        length = states.shape[1]
-        if length == 1 and not self.causal:
-            return states  # a vector a sequence, as a pooler or a classifier gets: there is no token to leave out
-        for mask in (self.mask, self.segments):
-            if mask is not None and mask.shape[1] != length:
-                raise ValueError(
-                    f"The activations of an adapted module have {length} tokens a row, but the masks or positions of "
-                    f"the call have {mask.shape[1]}. Exclude modules that see other tokens than their stack, with "
-                    "`exclude_modules`."
-                )
-        if self.unseen is not None:
-            states = states.masked_fill(self.unseen.to(states.device), 0)
-        if length == 1:
-            return states
-        segments = self.segments.to(states.device) if self.segments is not None else None
-        return segment_cumsum(states, segments) if self.causal else segment_sum(states, segments)
-
-    def count(self, states: Tensor) -> Tensor:
-        """Number of tokens in each of the sums of `states` [B, T, r]: [B, T, 1] or [B, 1, 1]."""
-        return self.sum(torch.ones_like(states[..., :1], requires_grad=False))
-
-    def last_seen(self, length: int) -> int | Tensor:
-        """Number of leading tokens, of `length` a row, after which a route that is not causal sees none in any row."""
-        if self.mask is None:
-            return length
-        is_seen = self.mask[..., 0].any(0)  # [T]
-        return (torch.arange(1, length + 1, device=is_seen.device) * is_seen).max()

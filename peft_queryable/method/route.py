@@ -1,4 +1,4 @@
-"""What a route does to the rank states of its block: one operator for a sequence, or one for each token."""
+"""A block's route, ready to be applied to rank states (Eqs. 94, 95): one for a sequence, or one for each token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .router import Router
+from .atoms import Atoms
 
 
 @dataclass(frozen=True)
@@ -17,35 +17,35 @@ class SequenceRoute:
 
     Args:
         weights: over the atoms, [B, 1, M].
-        operator: their mixture transposed, S^T [B, r, r], as rank states are rows.
+        operator: their mixture transposed, S^T [B, r, r], because rank states are rows.
     """
 
     weights: Tensor
     operator: Tensor
 
     @classmethod
-    def of(cls, router: Router, weights: Tensor) -> SequenceRoute:
-        """The route that mixes the atoms of `router` by `weights` [B, 1, M]."""
-        return cls(weights, router.operator(weights).transpose(1, 2))
+    def of(cls, atoms: Atoms, weights: Tensor) -> SequenceRoute:
+        """The route that mixes `atoms` by `weights` [B, 1, M]."""
+        return cls(weights, atoms.operator(weights).transpose(1, 2))
 
     def apply(self, states: Tensor, gate: Tensor | float, scaling: float) -> Tensor:
-        """alpha / r times t = s + g S s (Eqs. 94, 95), which costs no more than t does.
+        """alpha / r times t = s + g S s (Eqs. 94, 95), at the cost of t alone.
 
         Args:
             states: rank states s, [B, T, r].
-            gate: g, [1] as `states` or a number.
+            gate: g, a tensor [1] like `states`, or a number.
             scaling: alpha / r.
 
         Returns:
-            [B, T, r] as `states`.
+            [B, T, r] like `states`.
         """
         operator = self.operator.to(states)
         if isinstance(gate, float):
             return torch.baddbmm(states, states, operator, beta=scaling, alpha=scaling * gate)
         return torch.baddbmm(states, states, gate * operator, beta=scaling, alpha=scaling)
 
-    def fixed(self) -> SequenceRoute:
-        """The route as later calls find it on their cache."""
+    def last(self) -> SequenceRoute:
+        """The route of the last token, as a route of its sequence."""
         return self
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SequenceRoute:
@@ -54,9 +54,9 @@ class SequenceRoute:
 
 @dataclass(frozen=True)
 class TokenRoute:
-    """A block's routes where every token has its own: `weights` [B, T, M] over the atoms of `router`."""
+    """A block's routes where every token has its own: `weights` [B, T, M] over `atoms`."""
 
-    router: Router
+    atoms: Atoms
     weights: Tensor
 
     def apply(self, states: Tensor, gate: Tensor | float, scaling: float) -> Tensor:
@@ -67,17 +67,22 @@ class TokenRoute:
         """
         if states.shape[1] != self.weights.shape[1]:
             raise ValueError(
-                f"A module got {states.shape[1]} tokens a row, but its block routes {self.weights.shape[1]}: it sees "
-                "other tokens than its stack. Exclude it with `exclude_modules`."
+                f"A module got {states.shape[1]} tokens per row, but its block routes {self.weights.shape[1]}: it "
+                "sees other tokens than its stack. Exclude it with `exclude_modules`."
             )
-        mixed = self.router.mix(self.weights.to(states.device), states)
+        mixed = self.atoms.mix(self.weights.to(states.device), states)
         return (states + gate * mixed) * scaling
 
-    def fixed(self) -> SequenceRoute:
-        return SequenceRoute.of(self.router, self.weights[:, -1:])
+    def last(self) -> SequenceRoute:
+        return SequenceRoute.of(self.atoms, self.weights[:, -1:])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenRoute:
-        return TokenRoute(self.router, function(self.weights))
+        return TokenRoute(self.atoms, function(self.weights))
 
 
 Route = SequenceRoute | TokenRoute
+
+
+def make_route(atoms: Atoms, weights: Tensor) -> Route:
+    """The route that mixes `atoms` by `weights` [B, K, M]: one for the sequence if K is 1, else one per token."""
+    return SequenceRoute.of(atoms, weights) if weights.shape[1] == 1 else TokenRoute(atoms, weights)

@@ -1,20 +1,19 @@
-"""The paper's equations: a bank of rank-space atoms and the router that mixes them.
+"""The router: chooses how a block's route mixes the atoms (Eqs. 2, 27 to 37).
 
-Tensors in, tensors out. Nothing here knows of PEFT, of tokens or of adapted modules: a *state* is a vector of rank
-space, and a call routes K states of each of B sequences (K = 1: one route a sequence; K = T: one a token).
+A call routes K rank states of each of B sequences: K = 1 for one route per sequence, K = T for one per token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .atoms import Atoms, Weight, without_autocast
 
 RMS_EPS = 1e-6  # epsilon of Assumption D.3; the paper states no value
 
@@ -36,37 +35,9 @@ def top_k_softmax(logits: Tensor, k: int | None) -> Tensor:
     return torch.zeros_like(logits).scatter(-1, index, top.softmax(-1))
 
 
-class Table(nn.Module):
-    """A trainable tensor in a module of its own: what FSDP wraps and TRL copies are modules with a `weight`."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(*shape))
-
-
 @dataclass(frozen=True)
-class Lookup:
-    """What the routes of all blocks of a call have in common, computed once.
-
-    Args:
-        keys: RMSNorm(k_m), [M, d_k].
-        query: the instruction's term of every query, lambda Q_ctx e(c), [B or 1, 1, d_k]; None without that term.
-        prior: the instruction's term of every logit, tau rho, [B or 1, 1, M]; None without instruction parameters.
-    """
-
-    keys: Tensor
-    query: Tensor | None
-    prior: Tensor | None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Lookup:
-        terms = (None if term is None else function(term) for term in (self.query, self.prior))
-        return Lookup(function(self.keys), *terms)
-
-
-class Router(nn.Module):
-    """Bank {C_m, k_m} and router of one adapter, shared by all its adapted modules.
-
-    Maths is done in float32, or in the parameters' dtype if that is wider, whatever autocast says.
+class RouterSettings:
+    """What a router is built from; symbols are the paper's.
 
     Args:
         rank: r.
@@ -80,65 +51,86 @@ class Router(nn.Module):
         language_temperature: T_lang.
         instruction_strength: tau.
         instruction_query_weight: lambda.
-        query_terms: which of "state", "depth" and "instruction" the query has beside the prior.
-        atom_scale: initial standard deviation of atom entries, times sqrt(r).
+        query_terms: which of "state", "depth" and "instruction" the query has beside the block prior.
+        atom_scale: initial standard deviation of the atoms' entries, times sqrt(r).
     """
 
-    def __init__(
-        self,
-        rank: int,
-        num_atoms: int,
-        top_k: int | None,
-        num_blocks: int,
-        dim: int,
-        instruction_dim: int | None = None,
-        attention_temperature: float = 1.0,
-        depth_temperature: float = 1.0,
-        language_temperature: float = 1.0,
-        instruction_strength: float = 1.0,
-        instruction_query_weight: float = 1.0,
-        query_terms: tuple[str, ...] = ("state", "depth", "instruction"),
-        atom_scale: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.rank, self.num_atoms, self.top_k, self.num_blocks = rank, num_atoms, top_k, num_blocks
-        self.instruction_dim = instruction_dim
-        self.instruction_strength = instruction_strength
-        self.instruction_query_weight = instruction_query_weight
-        self.attention_scale = 1 / (math.sqrt(dim) * attention_temperature)
-        self.depth_scale = 1 / (math.sqrt(dim) * depth_temperature)
-        self.language_scale = 1 / (math.sqrt(dim) * language_temperature)
+    rank: int
+    num_atoms: int
+    top_k: int | None
+    num_blocks: int
+    dim: int
+    instruction_dim: int | None = None
+    attention_temperature: float = 1.0
+    depth_temperature: float = 1.0
+    language_temperature: float = 1.0
+    instruction_strength: float = 1.0
+    instruction_query_weight: float = 1.0
+    query_terms: tuple[str, ...] = ("state", "depth", "instruction")
+    atom_scale: float = 1.0
 
-        self.atoms = Table(num_atoms, rank, rank)  # C
-        self.keys = Table(num_atoms, dim)  # k
-        self.prior = Table(num_blocks, dim)  # w
-        self.state_query = nn.Linear(rank, dim, bias=False) if "state" in query_terms else None  # Q_cur
-        self.depth_value = nn.Linear(rank, dim, bias=False) if "depth" in query_terms else None  # Q_dep
-        self.depth_query = nn.Linear(dim, dim, bias=False) if "depth" in query_terms else None  # Q_dep,q
-        self.depth_key = nn.Linear(rank, dim, bias=False) if "depth" in query_terms else None  # Q_dep,k
-        self.instruction: Table | None = None  # e(c) of calls without one; zero is no instruction (Prop. D.7a)
+
+@dataclass(frozen=True)
+class SharedTerms:
+    """Terms of the routing that all blocks of a call share, computed once per call.
+
+    Args:
+        keys: RMSNorm(k_m), [M, d_k].
+        instruction_query: the instruction's term of every query, lambda Q_ctx e(c), [B or 1, 1, d_k]; None without it.
+        instruction_logits: the instruction's term of every logit, tau rho, [B or 1, 1, M]; None without it.
+    """
+
+    keys: Tensor
+    instruction_query: Tensor | None
+    instruction_logits: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SharedTerms:
+        terms = (None if t is None else function(t) for t in (self.instruction_query, self.instruction_logits))
+        return SharedTerms(function(self.keys), *terms)
+
+
+class Router(nn.Module):
+    """Atoms {C_m}, their keys {k_m} and the router of one adapter, shared by all its adapted modules.
+
+    It computes in float32, or in the parameters' dtype if that is wider, whatever autocast says.
+    """
+
+    def __init__(self, settings: RouterSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        rank, dim, terms = settings.rank, settings.dim, settings.query_terms
+        self.attention_scale = 1 / (math.sqrt(dim) * settings.attention_temperature)
+        self.depth_scale = 1 / (math.sqrt(dim) * settings.depth_temperature)
+        self.language_scale = 1 / (math.sqrt(dim) * settings.language_temperature)
+
+        self.atoms = Atoms(settings.num_atoms, rank)  # C
+        self.keys = Weight(settings.num_atoms, dim)  # k
+        self.block_prior = Weight(settings.num_blocks, dim)  # w
+        self.state_query = nn.Linear(rank, dim, bias=False) if "state" in terms else None  # Q_cur
+        self.depth_value = nn.Linear(rank, dim, bias=False) if "depth" in terms else None  # Q_dep
+        self.depth_query = nn.Linear(dim, dim, bias=False) if "depth" in terms else None  # Q_dep,q
+        self.depth_key = nn.Linear(rank, dim, bias=False) if "depth" in terms else None  # Q_dep,k
+        self.default_instruction: Weight | None = None  # e(c) of calls without one; zero means none (Prop. D.7a)
         self.instruction_query: nn.Linear | None = None  # Q_ctx
         self.instruction_prior: nn.Linear | None = None  # R_ctx
-        if instruction_dim is not None:
-            self.instruction = Table(1, instruction_dim)
-            self.instruction.requires_grad_(False)
-            self.instruction_prior = nn.Linear(instruction_dim, dim, bias=False)
-            if "instruction" in query_terms:
-                self.instruction_query = nn.Linear(instruction_dim, dim, bias=False)
-        self.reset_parameters(atom_scale)
-
-    def reset_parameters(self, atom_scale: float) -> None:
-        nn.init.normal_(self.atoms.weight, std=atom_scale / math.sqrt(self.rank))
-        nn.init.normal_(self.keys.weight)  # unit scale: logits of a random query are then about N(0, 1 / T_attn^2)
-        nn.init.normal_(self.prior.weight)
-        if self.instruction is not None:
-            nn.init.zeros_(self.instruction.weight)
+        if settings.instruction_dim is not None:
+            self.default_instruction = Weight(1, settings.instruction_dim)
+            self.default_instruction.requires_grad_(False)
+            self.instruction_prior = nn.Linear(settings.instruction_dim, dim, bias=False)
+            if "instruction" in terms:
+                self.instruction_query = nn.Linear(settings.instruction_dim, dim, bias=False)
+        nn.init.normal_(self.atoms.weight, std=settings.atom_scale / math.sqrt(rank))
+        # Keys and priors of unit scale: the logits of a random query are then about N(0, 1 / T_attn^2).
+        nn.init.normal_(self.keys.weight)
+        nn.init.normal_(self.block_prior.weight)
+        if self.default_instruction is not None:
+            nn.init.zeros_(self.default_instruction.weight)
 
     def requires_grad_(self, requires_grad: bool = True) -> Router:
-        """As for any module, but the instruction is given and never learned."""
+        """As for any module, except that the default instruction is given and never learned."""
         super().requires_grad_(requires_grad)
-        if self.instruction is not None:
-            self.instruction.requires_grad_(False)
+        if self.default_instruction is not None:
+            self.default_instruction.requires_grad_(False)
         return self
 
     @property
@@ -146,68 +138,55 @@ class Router(nn.Module):
         """Whether the query looks at earlier blocks, so that their means have to be kept."""
         return self.depth_value is not None
 
-    def prepare(self, instruction: Tensor | None = None) -> Lookup:
-        """What all blocks of a call share.
+    def prepare(self, instruction: Tensor | None = None) -> SharedTerms:
+        """The terms that all blocks of a call share.
 
         Args:
-            instruction: embedding e(c), [B, d_c] or [1, d_c]; None is the adapter's own, which is 0 unless set.
+            instruction: embedding e(c), [B, d_c] or [1, d_c]; None takes the adapter's default, which is 0 unless set.
         """
         dtype = torch.promote_types(self.keys.weight.dtype, torch.float32)
-        with _without_autocast(self.keys.weight):
+        with without_autocast(self.keys.weight):
             keys = rms_norm(self.keys.weight.to(dtype))  # [M, d_k]
-            if self.instruction is None:
-                return Lookup(keys, None, None)
+            if self.default_instruction is None:
+                return SharedTerms(keys, None, None)
             # Even an embedding of 0 keeps Q_ctx and R_ctx in the graph.
-            instruction = self.instruction.weight if instruction is None else instruction
+            instruction = self.default_instruction.weight if instruction is None else instruction
             embedding = instruction.to(keys).unsqueeze(1)  # [B or 1, 1, d_c]
             query = None
             if self.instruction_query is not None:
-                query = self.instruction_query_weight * _linear(self.instruction_query, embedding)
+                query = self.settings.instruction_query_weight * _linear(self.instruction_query, embedding)
             rho = rms_norm(_linear(self.instruction_prior, embedding)) @ keys.T * self.language_scale  # Eq. 33
-            return Lookup(keys, query, self.instruction_strength * rho)
+            return SharedTerms(keys, query, self.settings.instruction_strength * rho)
 
-    def forward(self, block: int, state: Tensor, means: list[Tensor], lookup: Lookup) -> Tensor:
+    def forward(self, block: int, state: Tensor, means: list[Tensor], shared: SharedTerms) -> Tensor:
         """Routing weights alpha of one block (Algorithm 2, lines 6 to 24).
 
         Args:
             block: index of the block among `num_blocks`.
             state: entry state s_entry, [B, K, r].
             means: means s_i of the stack's earlier blocks, each [B, K, r]; empty for its first block.
-            lookup: of the call, from `prepare`.
+            shared: the call's shared terms, from `prepare`.
 
         Returns:
             Weights over the atoms, [B, K, M] in the router's dtype: non-negative, rows sum to one, at most k non-zero.
         """
-        dtype = lookup.keys.dtype
-        with _without_autocast(state):
-            query = self._query(block, state.to(dtype), [mean.to(dtype) for mean in means], lookup)  # [B, K, d_k]
-            logits = rms_norm(query) @ lookup.keys.T * self.attention_scale  # Eq. 34
-            if lookup.prior is not None:
-                # Lemma D.5: rho in place of log p moves all logits alike, so the route is Eq. 36's to the letter.
-                logits = logits + lookup.prior
-            return top_k_softmax(logits, self.top_k)
+        dtype = shared.keys.dtype
+        with without_autocast(state):
+            query = self._query(block, state.to(dtype), [mean.to(dtype) for mean in means], shared)  # [B, K, d_k]
+            logits = rms_norm(query) @ shared.keys.T * self.attention_scale  # Eq. 34
+            if shared.instruction_logits is not None:
+                # Lemma D.5: rho in place of log p moves all logits alike, so the route is exactly that of Eq. 36.
+                logits = logits + shared.instruction_logits
+            return top_k_softmax(logits, self.settings.top_k)
 
-    def operator(self, weights: Tensor) -> Tensor:
-        """Routed operators S = sum_m alpha_m C_m (Eq. 23) of `weights` [B, 1, M]: [B, r, r] in their dtype."""
-        with _without_autocast(weights):
-            atoms = self.atoms.weight.to(weights).flatten(1)  # [M, r r]
-            return (weights @ atoms).view(-1, self.rank, self.rank)
-
-    def mix(self, weights: Tensor, states: Tensor) -> Tensor:
-        """Routed states S_t s_t of `states` [B, T, r] under `weights` [B, T, M], without any [B, T, r, r] tensor.
-
-        Returns [B, T, r] in the dtype of `states`.
-        """
-        return _Mix.apply(weights.to(states), states, self.atoms.weight.to(states))
-
-    def _query(self, block: int, state: Tensor, means: list[Tensor], lookup: Lookup) -> Tensor:
-        prior = self.prior.weight[block].to(state)
+    def _query(self, block: int, state: Tensor, means: list[Tensor], shared: SharedTerms) -> Tensor:
+        prior = self.block_prior.weight[block].to(state)
         if self.state_query is None:  # Eq. 2, term by term
             query = prior.expand(*state.shape[:-1], -1)
         else:
             query = F.linear(state, self.state_query.weight.to(state), prior)
-        if lookup.query is not None:
-            query = query + lookup.query
+        if shared.instruction_query is not None:
+            query = query + shared.instruction_query
         if self.depth_value is not None:
             query = query + _linear(self.depth_value, self._depth_summary(query, state, means))  # Eq. 29
         return query
@@ -221,45 +200,7 @@ class Router(nn.Module):
         return (logits.softmax(-2) * values).sum(-2)
 
 
-class _Mix(torch.autograd.Function):
-    """sum_m alpha_m C_m s of every token, for weights [..., M], states [..., r] and atoms [M, r, r].
-
-    It is one product with the outer products alpha s, [..., M r], which are made again in the backward pass.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weights: Tensor, states: Tensor, atoms: Tensor) -> Tensor:
-        return _outer(weights, states) @ atoms.transpose(1, 2).flatten(0, 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weights, states, atoms = ctx.saved_tensors
-        back = (grad @ atoms.transpose(0, 1).flatten(1)).unflatten(-1, atoms.shape[:2])  # C_m^T grad, [..., M, r]
-        by_weights = (back * states.unsqueeze(-2)).sum(-1)
-        by_states = (weights.unsqueeze(-1) * back).sum(-2)
-        by_atoms = grad.flatten(0, -2).T @ _outer(weights, states).flatten(0, -2)  # [r, M r]
-        return by_weights, by_states, by_atoms.unflatten(1, atoms.shape[:2]).transpose(0, 1)
-
-
-def _outer(weights: Tensor, states: Tensor) -> Tensor:
-    """alpha_m s_j of `weights` [..., M] and `states` [..., r]: [..., M r]."""
-    return (weights.unsqueeze(-1) * states.unsqueeze(-2)).flatten(-2)
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Entered only under autocast: it costs as much as the operations in it, and the meta device has none."""
-    device = tensor.device.type
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if is_on else nullcontext()
-
-
 def _linear(layer: nn.Linear | None, x: Tensor) -> Tensor:
-    """`layer(x)` in the dtype of `x` and on its device, for weights that are narrower or, in split models, afar."""
+    """`layer(x)` computed in the dtype and on the device of `x`, which may be wider or elsewhere than the weight."""
     assert layer is not None
     return F.linear(x, layer.weight.to(x))

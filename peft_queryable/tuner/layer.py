@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,33 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .config import MOVING_INITIALISATIONS, QueryableLoraConfig
-from .router import Table
-from .routing import FixedRouting, Replay, Routing
-
-if TYPE_CHECKING:
-    from .stack import Stack
+from ..calls.adapter_call import AdapterCall
+from ..calls.replay import AdapterReplay
+from ..config import MOVING_INITIALISATIONS, QueryableLoraConfig
+from ..method.atoms import Weight
+from .layout import Place
 
 MERGE_REFUSAL = (
     "A Queryable LoRA adapter cannot be merged into the base weights: its update B (I + g S) A depends on the input "
     "through S. Keep it as an adapter (in TRL: `use_vllm=False`), or `unload()` to drop it."
 )
-
-
-@dataclass
-class Place:
-    """Where one adapter's module stands.
-
-    Args:
-        stack: the run of layers it belongs to.
-        block: index of its block in that stack.
-        entry_group: the adapted query, key and value projections that read the module's input, itself included, whose
-            mean state is the entry state if the module is its block's entry (Eq. 16); just itself elsewhere.
-    """
-
-    stack: Stack
-    block: int
-    entry_group: list[QueryableLoraLayer] = field(default_factory=list)
 
 
 class QueryableLoraLayer(LoraLayer):
@@ -67,7 +49,7 @@ class QueryableLoraLayer(LoraLayer):
     ) -> None:
         if r != config.r:  # PEFT's EVA, given other components than its configuration says
             raise ValueError(f"Adapter {adapter_name!r} has rank r={config.r} in all its modules, got {r} for one.")
-        gate = Table(1)
+        gate = Weight(1)
         if gate.weight.is_meta and config.init_lora_weights in MOVING_INITIALISATIONS:
             raise ValueError(
                 f"Adapter {adapter_name!r} was made with `init_lora_weights={config.init_lora_weights!r}`, which "
@@ -114,24 +96,36 @@ class Linear(nn.Module, QueryableLoraLayer):
         if self.disable_adapters:
             return result
         dtype = result.dtype
-        for adapter in self.active_adapters:
-            if adapter not in self.places:
+        for adapter_name in self._adapters_at_work():
+            if adapter_name not in self.places:
                 continue
-            routing = self.places[adapter].stack.routing(adapter)
-            if routing.rows is None:
-                result = self._add_update(result, x, adapter, routing)
+            call = self.places[adapter_name].stack.adapter_call(adapter_name)
+            if call.rows is None:
+                result = self._add_update(result, x, adapter_name, call)
             else:  # the adapter serves a part of the batch
-                updated = self._add_update(routing.rows.take(result), routing.rows.take(x), adapter, routing)
-                result = routing.rows.put(result, updated)
+                updated = self._add_update(call.rows.take(result), call.rows.take(x), adapter_name, call)
+                result = call.rows.put(result, updated)
         return result.to(dtype)
 
-    def _add_update(self, result: Tensor, x: Tensor, adapter: str, routing: Routing | FixedRouting | Replay) -> Tensor:
-        lora_B, scaling = self.lora_B[adapter], self.scaling[adapter]
-        weight = self.lora_A[adapter].weight
-        x = self.lora_dropout[adapter](self._cast_input_dtype(x, weight.dtype))
-        states = self._by_row(F.linear(x, weight), routing.batch)  # s, [B, T, r]
-        route = routing.route(self.places[adapter].block, self, states, lambda: self._entry_states(adapter, x, states))
-        states = route.apply(states, self._gate(adapter, states, routing.constants), scaling)  # (alpha / r) t
+    def __repr__(self) -> str:
+        return f"queryable_lora.{super().__repr__()}"
+
+    def _adapters_at_work(self) -> list[str]:
+        """The active adapters, or those that a batch of several names."""
+        place = next(iter(self.places.values()), None)
+        named = None if place is None else place.stack.model_hooks.call.adapter_names
+        return self.active_adapters if named is None else sorted(set(named))
+
+    def _add_update(self, result: Tensor, x: Tensor, adapter_name: str, call: AdapterCall | AdapterReplay) -> Tensor:
+        lora_B, scaling, block = self.lora_B[adapter_name], self.scaling[adapter_name], self.places[adapter_name].block
+        weight = self.lora_A[adapter_name].weight
+        x = self.lora_dropout[adapter_name](self._cast_input_dtype(x, weight.dtype))
+        states = call.by_row(F.linear(x, weight))  # s, [B, T, r]
+        route = call.route_for(block, self)
+        if route is None:
+            route = call.choose(block, self, self._entry_states(adapter_name, x, states))
+        call.keep(block, states)
+        states = route.apply(states, self._gate(adapter_name, states, call.gate_values), scaling)  # (alpha / r) t
         bias = None if lora_B.bias is None else scaling * lora_B.bias
         update = F.linear(states, lora_B.weight, bias)
         if update.shape != result.shape:
@@ -140,32 +134,19 @@ class Linear(nn.Module, QueryableLoraLayer):
             return update + result
         return update.add_(result)  # in place, which spares a tensor of the output's size
 
-    def _gate(self, adapter: str, states: Tensor, constants: dict[int, Any] | None) -> Tensor | float:
-        """g = sigmoid(eta), [1] as `states`; in the steps of a cache a number, read once."""
-        if constants is None:
-            return self.queryable_lora_gate[adapter].weight.sigmoid().to(states)
-        if id(self) not in constants:
-            constants[id(self)] = self.queryable_lora_gate[adapter].weight.sigmoid().item()
-        return constants[id(self)]
+    def _gate(self, adapter_name: str, states: Tensor, gate_values: dict[int, float] | None) -> Tensor | float:
+        """g = sigmoid(eta), [1] like `states`; in the steps of a cache a number, read once."""
+        if gate_values is None:
+            return self.queryable_lora_gate[adapter_name].weight.sigmoid().to(states)
+        if id(self) not in gate_values:
+            gate_values[id(self)] = self.queryable_lora_gate[adapter_name].weight.sigmoid().item()
+        return gate_values[id(self)]
 
-    def _entry_states(self, adapter: str, x: Tensor, states: Tensor) -> Tensor:
+    def _entry_states(self, adapter_name: str, x: Tensor, states: Tensor) -> Tensor:
         """Token states that the block's entry state averages, [B, T, r]: Eq. 16 in an attention block."""
-        group = self.places[adapter].entry_group
+        group = self.places[adapter_name].entry_group
         if len(group) == 1:
             return states
         # The mean of the projections' states is the state of the projections' mean.
-        weight = torch.stack([layer.lora_A[adapter].weight.to(x) for layer in group]).mean(0)
+        weight = torch.stack([layer.lora_A[adapter_name].weight.to(x) for layer in group]).mean(0)
         return F.linear(x, weight).reshape(states.shape)
-
-    @staticmethod
-    def _by_row(states: Tensor, batch: int) -> Tensor:
-        """Rank states [B, ..., r] or [B T, r] as [B, T, r]."""
-        if states.ndim == 3 and states.shape[0] == batch:
-            return states
-        if states.shape[0] % batch != 0:
-            raise ValueError(
-                f"A module got activations whose leading dimension is {states.shape[0]} in a call of batch size "
-                f"{batch}, so they are not the call's tokens row by row and cannot be routed. Exclude the module with "
-                "`exclude_modules`."
-            )
-        return states.reshape(batch, -1, states.shape[-1])

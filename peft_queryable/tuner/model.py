@@ -1,9 +1,9 @@
-"""The tuner: injection of adapted modules, the shared bank and router, stacks and blocks, adapter management."""
+"""The tuner: injects adapted modules, owns the shared router of each adapter, and manages adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft.tuners.lora import LoraModel
@@ -18,15 +18,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .call import OuterCall
-from .config import MOVING_INITIALISATIONS, QueryableLoraConfig
-from .encoders import BACKBONE, InstructionEncoder, load_encoder
-from .layer import MERGE_REFUSAL, Linear, Place, QueryableLoraLayer
-from .loading import ROUTER, check_tensors
+from ..calls.model_call import ModelHooks
+from ..calls.plan import Plan
+from ..config import MOVING_INITIALISATIONS, QueryableLoraConfig
+from ..encoders import BACKBONE, InstructionEncoder, load_encoder
+from ..method.router import Router
+from .layer import MERGE_REFUSAL, Linear, QueryableLoraLayer
+from .layout import Layout, Stacks, remove_hooks
 from .offload import onload
-from .router import Router
-from .routing import Plan
-from .stack import Stack, StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
+from .saving import ROUTER, check_tensors
 from .targets import check_target
 
 BASE = "__base__"  # PEFT's name, in `adapter_names`, of no adapter
@@ -36,7 +36,7 @@ class QueryableLoraModel(BaseTuner):
     """Queryable LoRA (https://arxiv.org/abs/2605.08423) around a model: use it through `peft.get_peft_model`.
 
     One bank of atoms and one router serve all adapted modules of an adapter. They live here, in
-    `queryable_lora_router[adapter]`, once; adapted modules find them through the stack they belong to.
+    `queryable_lora_router[adapter_name]`, once; adapted modules find them through the stack they belong to.
 
     Args:
         model: the base model, any `nn.Module`.
@@ -57,10 +57,10 @@ class QueryableLoraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: QueryableLoraConfig, adapter_name: str) -> None:
         self.queryable_lora_router = nn.ModuleDict()
-        self.stacks: dict[StackKey, Stack] = {}
         self.encoders: dict[tuple[str, str | None], InstructionEncoder] = {}
-        _remove_hooks(model)
-        self.call = OuterCall(model, self._active_plans)
+        remove_hooks(model)
+        self.model_hooks = ModelHooks(model, self._active_plans)
+        self.stacks = Stacks(model, self.model_hooks)
 
     # Injection
 
@@ -88,16 +88,14 @@ class QueryableLoraModel(BaseTuner):
                 layer.delete_adapter(adapter_name)
             raise
         layers = self._layers(adapter_name)
-        stacks = find_stacks(model, list(layers))
-        blocks = {key: split_into_blocks(len(names), config.num_blocks) for key, names in stacks.items()}
-        num_blocks = sum(block[-1] + 1 for block in blocks.values())
+        layout = Layout.of(model, list(layers), config.num_blocks)
         # PEFT gives the empty layers of a new EVA adapter their weights when it has seen data, but knows of no bank.
-        create = skip_init_on_device(_create_router) if config.init_lora_weights == "eva" else _create_router
+        create = skip_init_on_device(Router) if config.init_lora_weights == "eva" else Router
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = create(config, num_blocks)
+            router = create(config.router_settings(layout.num_blocks))
         self.queryable_lora_router[adapter_name] = router
         self._match_router(adapter_name)
-        self._place(model, adapter_name, layers, stacks, blocks)
+        self.stacks.place(adapter_name, layers, layout, router, config.routing_scope)
         # As PEFT does for the adapters that were there before: theirs stay as they were.
         trainable[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
         for name, requires_grad in trainable.items():
@@ -112,17 +110,17 @@ class QueryableLoraModel(BaseTuner):
         else:
             config.instruction_dim = self._encoder(name, config.instruction_encoder_revision).width
 
-    def instruction_encoder(self, adapter: str) -> InstructionEncoder:
-        """The encoder that the configuration of `adapter` names, loaded once.
+    def instruction_encoder(self, adapter_name: str) -> InstructionEncoder:
+        """The encoder that the configuration of `adapter_name` names, loaded once.
 
         Raises:
             ValueError: if it names none, or one that cannot be loaded.
         """
-        config = self.peft_config[adapter]
+        config = self.peft_config[adapter_name]
         if config.instruction_encoder is None:
             raise ValueError(
-                f"Adapter {adapter!r} names no `instruction_encoder`, so a text means nothing to it. Pass `encoder=`, "
-                "or embeddings."
+                f"Adapter {adapter_name!r} names no `instruction_encoder`, so a text means nothing to it. Pass "
+                "`encoder=`, or embeddings."
             )
         return self._encoder(config.instruction_encoder, config.instruction_encoder_revision)
 
@@ -130,37 +128,6 @@ class QueryableLoraModel(BaseTuner):
         if (name, revision) not in self.encoders:
             self.encoders[name, revision] = load_encoder(name, revision, self.model)
         return self.encoders[name, revision]
-
-    def _place(
-        self,
-        model: nn.Module,
-        adapter: str,
-        layers: dict[str, QueryableLoraLayer],
-        stacks: dict[StackKey, list[list[str]]],
-        blocks: dict[StackKey, list[int]],
-    ) -> None:
-        """Tell every adapted module its stack, its block and its entry group."""
-        router = self.queryable_lora_router[adapter]
-        scope = self.peft_config[adapter].routing_scope
-        first_block = 0
-        for key, names_by_layer in stacks.items():
-            owner = model.get_submodule(key.owner)
-            is_causal = is_decoder(owner) and not key.reads_memory
-            if key not in self.stacks:
-                takes_labels = is_causal or not isinstance(model, PreTrainedModel)
-                self.stacks[key] = Stack(key, owner, self.stacks, self.call, takes_labels)
-            stack = self.stacks[key]
-            num_blocks = blocks[key][-1] + 1
-            # Memory is no sequence that a later token extends: all of it is there from the first.
-            resolved = "sequence" if key.reads_memory else scope
-            if scope == "auto":
-                resolved = "causal" if is_causal else "sequence"
-            stack.plans[adapter] = Plan(adapter, router, resolved, first_block, num_blocks)
-            groups = entry_groups([name for names in names_by_layer for name in names])
-            for names, block in zip(names_by_layer, blocks[key], strict=True):
-                for name in names:
-                    layers[name].places[adapter] = Place(stack, block, [layers[peer] for peer in groups[name]])
-            first_block += num_blocks
 
     def _create_and_replace(
         self,
@@ -186,8 +153,8 @@ class QueryableLoraModel(BaseTuner):
         layer = next(module for module in self.model.modules() if isinstance(module, QueryableLoraLayer))
         if layer.disable_adapters:
             return []
-        names = self.call.adapter_names or self.active_adapters
-        return [plan for stack in self.stacks.values() for name, plan in stack.plans.items() if name in names]
+        names = self.model_hooks.call.adapter_names or self.active_adapters
+        return self.stacks.plans(names)
 
     @contextmanager
     def _enable_peft_forward_hooks(
@@ -202,15 +169,13 @@ class QueryableLoraModel(BaseTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        with ExitStack() as undo:
-            undo.callback(setattr, self.call, "adapter_names", None)
-            self.call.adapter_names = list(adapter_names)
-            for module in self.model.modules():
-                if isinstance(module, QueryableLoraLayer):
-                    undo.callback(setattr, module, "_active_adapter", module._active_adapter)
-                    module._active_adapter = sorted(set(adapter_names) - {BASE})
-                elif isinstance(module, AuxiliaryTrainingWrapper):
-                    undo.callback(module.register_forward_pre_hook(self._name_rows, with_kwargs=True).remove)
+        for module in self.model.modules():
+            if (
+                isinstance(module, AuxiliaryTrainingWrapper)
+                and self._name_rows not in module._forward_pre_hooks.values()
+            ):
+                module.register_forward_pre_hook(self._name_rows, with_kwargs=True)
+        with self.model_hooks.entered(adapter_names=tuple(adapter_names)):
             yield
 
     def _check_adapter_names(self, adapter_names: list[str]) -> None:
@@ -222,8 +187,12 @@ class QueryableLoraModel(BaseTuner):
                 f"and {BASE!r} for the base model."
             )
 
-    def _name_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": self.call.row_adapters(args[0].shape[0])}
+    def _name_rows(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Tell a module that PEFT trains in full, or its tokens, which adapter serves each row."""
+        row_adapters = self.model_hooks.call.row_adapters(args[0].shape[0])
+        return None if row_adapters is None else (args, {**kwargs, "adapter_names": row_adapters})
 
     # Adapter management: the bank is a part of its adapter
 
@@ -264,8 +233,7 @@ class QueryableLoraModel(BaseTuner):
         was_active, others = adapter_name in self.active_adapters, set(self.active_adapters) - {adapter_name}
         super().delete_adapter(adapter_name)
         del self.queryable_lora_router[adapter_name]
-        for stack in self.stacks.values():
-            stack.plans.pop(adapter_name, None)
+        self.stacks.forget(adapter_name)
         if was_active:  # PEFT lets each layer choose an adapter in its place, and layers may have different ones
             self.set_adapter(sorted(others or self.peft_config)[: len(others) or 1])
 
@@ -299,9 +267,8 @@ class QueryableLoraModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         model = super().unload()
-        self.call.remove(model)
-        for stack in self.stacks.values():
-            stack.remove()
+        self.model_hooks.remove(model)
+        self.stacks.remove()
         return model
 
     # Saving and loading
@@ -321,34 +288,3 @@ class QueryableLoraModel(BaseTuner):
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
         check_tensors(remapped, expected, adapter_name)
         return remapped
-
-
-def _remove_hooks(model: nn.Module) -> None:
-    """Free `model` of the hooks of a tuner that failed to load: one alone may take the inputs of a call."""
-    for module in model.modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            watcher = getattr(hook, "__self__", None)
-            if isinstance(watcher, OuterCall):
-                watcher.remove(model)
-            elif isinstance(watcher, Stack):
-                watcher.remove()
-
-
-def _create_router(config: QueryableLoraConfig, num_blocks: int) -> Router:
-    # B A is no zero there, and the model is its base only while S = 0.
-    starts_at_zero = config.init_lora_weights in ("orthogonal", *MOVING_INITIALISATIONS)
-    return Router(
-        rank=config.r,
-        num_atoms=config.num_atoms,
-        top_k=config.top_k,
-        num_blocks=num_blocks,
-        dim=config.router_dim,
-        instruction_dim=config.instruction_dim,
-        attention_temperature=config.attention_temperature,
-        depth_temperature=config.depth_temperature,
-        language_temperature=config.language_temperature,
-        instruction_strength=config.instruction_strength,
-        instruction_query_weight=config.instruction_query_weight,
-        query_terms=config.query_terms,
-        atom_scale=0.0 if starts_at_zero else config.init_atom_scale,
-    )

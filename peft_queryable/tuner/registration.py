@@ -11,7 +11,7 @@ NAME = "queryable_lora"
 if NAME.upper() not in PeftType.__members__:  # PEFT's enum is closed, and it registers no method without a member
     extend_enum(PeftType, NAME.upper(), NAME.upper())
 
-from .config import QueryableLoraConfig  # noqa: E402  (the config names the new member)
+from ..config import QueryableLoraConfig  # noqa: E402  (the config names the new member)
 from .model import QueryableLoraModel  # noqa: E402
 
 

@@ -1,0 +1,27 @@
+"""How an adapter routes a stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..method.router import Router
+from ..method.scope import Scope
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one adapter routes one stack.
+
+    Args:
+        adapter_name: the adapter.
+        router: its router.
+        scope: which tokens its routes see in this stack.
+        first_block: index, among the router's blocks, of the stack's first one.
+        num_blocks: number of blocks of the stack.
+    """
+
+    adapter_name: str
+    router: Router
+    scope: Scope
+    first_block: int
+    num_blocks: int

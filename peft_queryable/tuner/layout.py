@@ -1,0 +1,213 @@
+"""Which module stands where: stacks of layers, their blocks, and the projections that share an entry state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..calls.current import Current
+from ..calls.model_call import ModelHooks
+from ..calls.plan import Plan
+from ..calls.stack import Stack
+from ..method.router import Router
+from ..method.scope import SCOPES, Scope
+
+_ATTENTION_PROJECTION = re.compile(r"(to_|w)?(q|k|v|query|key|value)(_?(proj|lin|layer))?")
+_CROSS_ATTENTION = re.compile(r"(^|\.)(enc_?dec_?attention|encoder_attn|cross_?att(ention|n)?)\.", re.IGNORECASE)
+_MEMORY_PROJECTION = re.compile(r"(to_|w)?(k|v|kv|key|value)(_?(proj|lin|layer))?|c_attn")
+
+
+@dataclass
+class Place:
+    """Where one adapter's module stands.
+
+    Args:
+        stack: the run of layers it belongs to.
+        block: index of its block in that stack.
+        entry_group: the adapted query, key and value projections that read the module's input, itself included, whose
+            mean state is the entry state if the module is its block's entry (Eq. 16); elsewhere just itself.
+    """
+
+    stack: Stack
+    block: int
+    entry_group: list[Any] = field(default_factory=list)
+
+
+class StackKey(NamedTuple):
+    """What tells stacks apart.
+
+    Args:
+        owner: name of the module whose call runs the layers, "" for the model itself.
+        reads_memory: whether the stack is made of the cross-attention projections that read an encoder's output.
+    """
+
+    owner: str
+    reads_memory: bool = False
+
+    def __str__(self) -> str:
+        return (self.owner or "the model") + (" (cross-attention)" if self.reads_memory else "")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The stacks that an adapter's modules form, and their blocks.
+
+    Args:
+        stacks: by stack, the names of its adapted modules by layer, in order.
+        blocks: by stack, the block of each of these layers.
+    """
+
+    stacks: dict[StackKey, list[list[str]]]
+    blocks: dict[StackKey, list[int]]
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Sequence[str], num_blocks: int) -> Layout:
+        """The layout of the adapted modules `names`, with at most `num_blocks` blocks per stack."""
+        stacks = find_stacks(model, names)
+        return cls(stacks, {key: split_into_blocks(len(layers), num_blocks) for key, layers in stacks.items()})
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks in all stacks together."""
+        return sum(blocks[-1] + 1 for blocks in self.blocks.values())
+
+
+def resolve_scope(name: str, owner: nn.Module, reads_memory: bool) -> Scope:
+    """The scope that the configuration's `routing_scope`, `name`, means in a stack."""
+    if reads_memory:  # memory is no sequence that a later token extends: all of it is there from the first
+        return SCOPES["sequence"]
+    return SCOPES[("causal" if is_decoder(owner) else "sequence") if name == "auto" else name]
+
+
+def is_decoder(owner: nn.Module) -> bool:
+    """Whether the layers of `owner` attend to earlier tokens only: what makes `auto` mean `causal`."""
+    flags = [module.is_causal for module in owner.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if flags:
+        return any(flags)
+    if not isinstance(owner, PreTrainedModel) or owner.config.is_encoder_decoder:
+        return bool(getattr(owner, "is_decoder", False))
+    # Without attention that tells (Bloom, Mamba), a model type that generates text is a decoder.
+    return owner.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def split_into_blocks(num_layers: int, num_blocks: int) -> list[int]:
+    """Block index of each layer, contiguous and split as `numpy.array_split` does; one layer per block if few."""
+    num_blocks = min(num_layers, num_blocks)
+    size, larger = divmod(num_layers, num_blocks)
+    return [block for block in range(num_blocks) for _ in range(size + (block < larger))]
+
+
+def find_stacks(model: nn.Module, names: Sequence[str]) -> dict[StackKey, list[list[str]]]:
+    """Stacks of the adapted modules `names`: module names by layer, in order.
+
+    A module belongs to the entry that holds it of the outermost `nn.ModuleList` on its path; the list's parent is the
+    owner. Modules outside such lists are layers of their own: of the stack whose owner holds them, else, in a model
+    without any list, of one stack of the whole model, else of a stack of their parent module. Key and value
+    projections of a cross-attention see the encoder's tokens, and so form a stack beside that of their layers.
+    """
+    layer_of = {name: _repeated_layer(model, name) for name in names}
+    owners = {owner for owner, _ in filter(None, layer_of.values())}
+    stacks: dict[StackKey, dict[str, list[str]]] = {}
+    for name in names:
+        owner, layer = layer_of[name] or (_loose_owner(name, owners), name)
+        reads_memory = bool(_CROSS_ATTENTION.search(name) and _MEMORY_PROJECTION.fullmatch(name.rpartition(".")[2]))
+        stacks.setdefault(StackKey(owner, reads_memory), {}).setdefault(layer, []).append(name)
+    return {key: list(layers.values()) for key, layers in stacks.items()}
+
+
+def _repeated_layer(model: nn.Module, name: str) -> tuple[str, str] | None:
+    """Names of the owner and of the layer that hold module `name`, or None outside every `nn.ModuleList`."""
+    parts = name.split(".")
+    module = model
+    for depth, part in enumerate(parts):
+        if isinstance(module, nn.ModuleList):
+            return ".".join(parts[: depth - 1]), ".".join(parts[: depth + 1])
+        module = getattr(module, part)
+    return None
+
+
+def _loose_owner(name: str, owners: set[str]) -> str:
+    if not owners:
+        return ""
+    holders = [owner for owner in owners if owner == "" or name.startswith(owner + ".")]
+    return max(holders, key=len) if holders else name.rpartition(".")[0]
+
+
+def entry_groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """For each of `names`, the adapted query, key and value projections of its attention that read its input."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        key = parent + "." if _ATTENTION_PROJECTION.fullmatch(child) else name
+        groups.setdefault(key, []).append(name)
+    return {name: group for group in groups.values() for name in group}
+
+
+class Stacks:
+    """The stacks of a model, made as adapters need them, with the plan of each adapter in them.
+
+    Args:
+        model: the base model.
+        model_hooks: tells the stacks what the model call says.
+    """
+
+    def __init__(self, model: nn.Module, model_hooks: ModelHooks) -> None:
+        self.model, self.model_hooks = model, model_hooks
+        self.by_key: dict[StackKey, Stack] = {}
+        self.currents: list[Current] = []  # the running call of each stack
+
+    def __iter__(self) -> Iterator[Stack]:
+        return iter(self.by_key.values())
+
+    def plans(self, adapter_names: Collection[str]) -> list[Plan]:
+        """The plans of these adapters in all stacks."""
+        return [plan for stack in self for name, plan in stack.plans.items() if name in adapter_names]
+
+    def place(self, adapter_name: str, layers: dict[str, Any], layout: Layout, router: Router, scope: str) -> None:
+        """Tell the adapted modules `layers`, by name, where they stand; `scope` is the adapter's `routing_scope`."""
+        first_block = 0
+        for key, names_by_layer in layout.stacks.items():
+            stack, blocks = self._stack(key), layout.blocks[key]
+            num_blocks = blocks[-1] + 1
+            resolved = resolve_scope(scope, self.model.get_submodule(key.owner), key.reads_memory)
+            stack.plans[adapter_name] = Plan(adapter_name, router, resolved, first_block, num_blocks)
+            groups = entry_groups([name for names in names_by_layer for name in names])
+            for names, block in zip(names_by_layer, blocks, strict=True):
+                for name in names:
+                    layers[name].places[adapter_name] = Place(stack, block, [layers[peer] for peer in groups[name]])
+            first_block += num_blocks
+
+    def _stack(self, key: StackKey) -> Stack:
+        if key not in self.by_key:
+            owner = self.model.get_submodule(key.owner)
+            is_causal = is_decoder(owner) and not key.reads_memory
+            takes_labels = is_causal or not isinstance(self.model, PreTrainedModel)
+            self.by_key[key] = Stack(str(key), owner, key.reads_memory, takes_labels, self.model_hooks, self.currents)
+        return self.by_key[key]
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop the plans of an adapter."""
+        for stack in self:
+            stack.plans.pop(adapter_name, None)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for stack in self:
+            stack.remove()
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Free `model` of the hooks of a tuner that failed to load: they would take inputs that are not for them."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            watcher = getattr(hook, "__self__", None)
+            if isinstance(watcher, ModelHooks):
+                watcher.remove(model)
+            elif isinstance(watcher, Stack):
+                watcher.remove()
