@@ -6,7 +6,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from models import TARGETS, adapted, llama, randomise
+from helpers.models import TARGETS, adapted, llama, randomise
 from peft import PeftModel
 from torch import nn
 
@@ -54,7 +54,7 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter, config):
     """The table of architectures, from the outcome of test_architectures.py."""
     if config.getoption("--write-table"):
-        from architectures import write_table
+        from helpers.architectures import write_table
 
         reports = [
             (outcome, report)

@@ -7,8 +7,8 @@ import re
 import sys
 
 import torch
+from helpers.models import adapted, outputs, randomise, token_ids
 from huggingface_hub import ModelCard
-from models import adapted, outputs, randomise, token_ids
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
-from models import VOCAB, adapted, randomise
+from helpers.architectures import ARCHITECTURES, Architecture
+from helpers.models import VOCAB, adapted, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import adapted, bert, gpt2, llama, opt, outputs, randomise, token_ids
+from helpers.models import adapted, bert, gpt2, llama, opt, outputs, randomise, token_ids
 from torch import Tensor
 
 LENGTHS = (7, 4, 6)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import ARCHITECTURES, adapted, llama, mlp, outputs, randomise
 from huggingface_hub import ModelCard
-from models import ARCHITECTURES, adapted, llama, mlp, outputs, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_queryable import QueryableLoraConfig, __version__, model_card

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import adapted, llama, outputs, randomise, token_ids
+from helpers.models import adapted, llama, outputs, randomise, token_ids
 
 from peft_queryable.__main__ import main
 

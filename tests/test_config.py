@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from models import LLAMA_PROJECTIONS, llama
+from helpers.models import LLAMA_PROJECTIONS, llama
 from peft import EvaConfig, LoftQConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import ArrowConfig, BdLoraConfig, LoraLayer
 from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from models import assert_one_router, mlp, outputs, randomise, sgd, text, token_ids, train_step
+from helpers.models import assert_one_router, mlp, outputs, randomise, sgd, text, token_ids, train_step
 from peft import inject_adapter_in_model
 from torch import nn
 

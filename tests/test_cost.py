@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from models import LLAMA_PROJECTIONS, VOCAB, adapted, llama, randomise, token_ids
+from helpers.models import LLAMA_PROJECTIONS, VOCAB, adapted, llama, randomise, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks

@@ -14,11 +14,11 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from models import adapted, llama, text
+from helpers.models import adapted, llama, text
+from helpers.words import tokenizer
 from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
-from test_trainer import tokenizer
 from torch import nn
 from transformers import TrainingArguments
 from trl import TrlParser
@@ -160,7 +160,9 @@ class Sentences(ast.NodeVisitor):
 
 def sentences() -> set[str]:
     patterns = set()
-    for path in PACKAGE.glob("*.py"):
+    paths = list(PACKAGE.rglob("*.py"))
+    assert len(paths) > 20  # every folder of the package
+    for path in paths:
         visitor = Sentences(is_writer=path.name in WRITERS)
         visitor.visit(ast.parse(path.read_text()))
         patterns |= visitor.patterns

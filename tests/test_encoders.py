@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import adapted, bert, llama, randomise, t5, text
-from test_trainer import tokenizer
+from helpers.encoders import Counting
+from helpers.models import adapted, bert, llama, randomise, t5, text
+from helpers.words import tokenizer
 from torch import Tensor, nn
 
-from peft_queryable import BackboneEncoder, InstructionEncoder, SentenceEncoder
+from peft_queryable import BackboneEncoder, SentenceEncoder
 from peft_queryable.encoders import embed_texts, load_encoder
 
 TEXTS = ["w3 w4 w5", "w9 w8 w7 w6 w5 w4", "w3"]
-
-
-class Counting(InstructionEncoder):
-    """Vectors of a text's length, and a list of what was encoded."""
-
-    name = "counting"
-
-    def __init__(self, width: int = 3) -> None:
-        self.size, self.seen = width, []
-
-    def encode(self, texts: list[str]) -> Tensor:
-        self.seen += texts
-        with torch.inference_mode():
-            return torch.tensor([[len(text)] * self.size for text in texts], dtype=torch.bfloat16)
 
 
 def test_texts_are_encoded_once():

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fields import PAGE, SUPPORTED_FIELDS, SUPPORTED_INITIALISATIONS, page
-from models import (
+from helpers.fields import PAGE, SUPPORTED_FIELDS, SUPPORTED_INITIALISATIONS, page
+from helpers.models import (
     LLAMA_PROJECTIONS,
     VOCAB,
     adapted,
@@ -83,15 +83,15 @@ CASES = {
 
 # Fields that do nothing to a model's outputs, or have more to them, and the test of each.
 TESTED_ELSEWHERE = {
-    "task_type": "test_tasks.py::test_task_type",
+    "task_type": "ecosystem/test_tasks.py::test_task_type",
     "peft_type": "test_config.py::test_defaults_are_public_api",
     "auto_mapping": "test_fields.py::test_auto_mapping",
     "peft_version": "test_fields.py::test_field_is_saved",
-    "base_model_name_or_path": "test_tasks.py::test_task_type",
+    "base_model_name_or_path": "ecosystem/test_tasks.py::test_task_type",
     "revision": "test_fields.py::test_field_is_saved",
     "inference_mode": "test_fields.py::test_inference_mode",
-    "init_lora_weights": "test_initialisation.py::test_the_model_starts_as_its_base",
-    "eva_config": "test_initialisation.py::test_eva",
+    "init_lora_weights": "tuner/test_initialisation.py::test_the_model_starts_as_its_base",
+    "eva_config": "tuner/test_initialisation.py::test_eva",
     "runtime_config": "test_fields.py::test_runtime_config_is_not_saved",
 }
 
@@ -176,7 +176,7 @@ def test_every_initialisation_is_accounted_for():
 
 
 def test_the_docs_have_the_table():
-    """docs/fields.md is what `python tests/fields.py` writes."""
+    """docs/fields.md is what `python tests/helpers/fields.py` writes."""
     assert PAGE.read_text() == page()
 
 

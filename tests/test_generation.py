@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from models import adapted, llama, outputs, randomise, token_ids
+from helpers.models import adapted, llama, outputs, randomise, token_ids
 from torch import Tensor
 from transformers import (
     DynamicCache,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import llama
 from hub import Hub, running_hub
 from huggingface_hub import ModelCard
-from models import llama
 from test_recipes import arguments, data_files, model_folder  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).parents[1]

@@ -6,14 +6,14 @@ import copy
 import json
 
 import pytest
-import reference
 import torch
 from datasets import Dataset
-from models import LLAMA_PROJECTIONS, adapted, learned, llama, mlp, outputs, randomise, text, token_ids
+from helpers import reference
+from helpers.encoders import Counting
+from helpers.models import LLAMA_PROJECTIONS, adapted, learned, llama, mlp, outputs, randomise, text, token_ids
+from helpers.trainers import config, settings
+from helpers.words import tokenizer, words
 from peft import PeftConfig, PeftModel, get_peft_model
-from test_encoders import Counting
-from test_trainer import tokenizer
-from test_trl import config, settings, words
 from torch import Tensor
 from transformers import pipeline
 from trl import SFTConfig, SFTTrainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import adapted, llama, outputs, randomise, token_ids
+from helpers.models import adapted, llama, outputs, randomise, token_ids
 from peft import LoraConfig, get_peft_model
 
 from peft_queryable import QueryableLoraConfig
