@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,8 +134,8 @@ def store(cache: Cache, key: tuple[str, str], routing: CachedRouting) -> None:
     if not hasattr(cache, _ATTRIBUTE):
         setattr(cache, _ATTRIBUTE, {})
         for method in (_reorder_cache, _batch_repeat_interleave, _batch_select_indices, _crop, _reset):
-            # A deepcopy of the cache binds the copied method to the copy, which carries a copy of the routing.
-            setattr(cache, method.__name__[1:], MethodType(method, cache))
+            # A deepcopy of the cache copies the partial with it, and so carries a copy of the routing.
+            setattr(cache, method.__name__[1:], partial(method, cache))
     getattr(cache, _ATTRIBUTE)[key] = routing
 
 
