@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## LoRA and queryable LoRA on SmolLM2-135M: one table at the end
 	$(BIN)/python recipes/sft.py
 
-test: $(INSTALLED)  ## the tests, without the slow ones, a file to a core
+test: $(INSTALLED)  ## the tests, without the slow ones, each file on one core
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-all: $(INSTALLED)  ## all tests

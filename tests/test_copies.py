@@ -1,4 +1,4 @@
-"""Copies of a model, and the ways around the tuner that are refused."""
+"""Copies of a model: as independent as two models."""
 
 import copy
 import io
@@ -6,13 +6,8 @@ import pickle
 
 import pytest
 import torch
-from helpers.models import assert_one_router, mlp, outputs, randomise, sgd, text, token_ids, train_step
-from peft import inject_adapter_in_model
+from helpers.models import assert_one_router, outputs, randomise, sgd, text, token_ids, train_step
 from torch import nn
-
-from peft_queryable import QueryableLoraConfig
-
-# Copies
 
 
 def through_pickle(model: nn.Module) -> nn.Module:
@@ -61,16 +56,3 @@ def test_copies_generate_alone(model, copied):
     randomise(model, scale=3.0)
     del model
     assert torch.equal(other.generate(**settings), expected)
-
-
-def test_data_parallel_is_refused(model):
-    """A replica of nn.DataParallel raises an error that names it and what to use."""
-    replica = model.base_model.model.model._replicate_for_data_parallel()
-    with pytest.raises(RuntimeError, match=r"nn\.DataParallel.*DistributedDataParallel"):
-        replica(token_ids())
-
-
-def test_direct_injection_is_refused():
-    """`inject_adapter_in_model` makes no tuner to own the bank, so PEFT refuses it."""
-    with pytest.raises(ValueError, match="shared state"):
-        inject_adapter_in_model(QueryableLoraConfig(target_modules=["first"]), mlp())

@@ -1,4 +1,4 @@
-"""Text encoders of instructions: one vector a text, whatever else is encoded and however the model is trained."""
+"""Text encoders of instructions: one vector per text, whatever else is encoded and however the model is trained."""
 
 from __future__ import annotations
 

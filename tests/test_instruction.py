@@ -33,7 +33,7 @@ FIRST, SECOND, THIRD = "w10 w11 w12", "w20 w21", "w30"
 
 
 class Random(InstructionEncoder):
-    """A random vector a text, always the same."""
+    """A random vector for each text, always the same."""
 
     def __init__(self, width: int = 5, name: str | None = None) -> None:
         self.size, self.name = width, name

@@ -1,4 +1,4 @@
-"""Recorded routes: those that the router made, once a call, by block and without padding."""
+"""Recorded routes: those that the router made, once per call, by block and without padding."""
 
 import pytest
 import torch

@@ -165,7 +165,7 @@ ONLINE = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 
 def online_trainer(name: str, tmp_path, **kwargs):
-    """Generates two completions a prompt; `kwargs` are of the adapter's configuration."""
+    """Generates two completions per prompt; `kwargs` are of the adapter's configuration."""
     trainer_class, config_class = ONLINE[name]
     return trainer_class(
         llama(),

@@ -1,1 +1,1 @@
-"""What the tests share: models, references, files and words. No test file imports another (see test_house.py)."""
+"""What several test files share."""

@@ -187,7 +187,7 @@ def test_encoder_and_decoder_are_separate_stacks():
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_blocks_are_those_of_array_split(num_layers, num_blocks):
-    """Layers are split as numpy.array_split splits them; fewer layers than blocks are one layer a block."""
+    """Layers are split as numpy.array_split splits them; fewer layers than blocks are one layer per block."""
     blocks = split_into_blocks(num_layers, num_blocks)
     split = np.array_split(np.arange(num_layers), min(num_layers, num_blocks))
     assert blocks == [index for index, block in enumerate(split) for _ in block]

@@ -1,0 +1,67 @@
+"""What one call of one stack says: its rows, its tokens, and which labels are about them."""
+
+import pytest
+import torch
+from helpers.models import adapted, mlp, outputs, randomise, t5, text, token_ids
+from torch import nn
+
+from peft_queryable import record_routing
+
+
+def test_labels_are_about_the_decoders_tokens():
+    """In scope `prompt`, labels of an encoder-decoder mark a prompt in its decoder, and none in its encoder."""
+    model = adapted(t5(), target_modules=["q", "v"], routing_scope="prompt")
+    randomise(model)
+    inputs = text() | {"decoder_input_ids": token_ids(length=6)}
+    labels = inputs["input_ids"].clone()  # as many of them as tokens of the encoder
+    labels[:, :2] = -100
+    routes = []
+    for kwargs in (inputs, inputs | {"labels": labels}):
+        with record_routing(model) as trace:
+            outputs(model, kwargs)
+        routes.append({call.stack: call.weights for call in trace.calls})
+    plain, labelled = routes
+    assert plain.keys() == {"encoder", "decoder", "decoder (cross-attention)"}
+    for stack, blocks in plain.items():
+        same = [torch.equal(labelled[stack][block], weights) for block, weights in blocks.items()]
+        assert any(same) == all(same) == (stack != "decoder")
+
+
+class Weighted(nn.Module):
+    """Linear layers after a weighting of the tokens, whose weights [T] come first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, weights, hidden_states):
+        return self.body(weights[:, None] * hidden_states)
+
+
+def test_hidden_states_tell_the_rows():
+    """Whatever tensors stand before them, hidden states say how many rows and tokens a call has."""
+    model = adapted(Weighted().eval(), target_modules=["first", "second"], routing_scope="causal")
+    randomise(model)
+    weights, states = torch.rand(4), torch.randn(2, 4, 8)
+    together = model(weights, states)
+    for row in range(2):
+        torch.testing.assert_close(together[row : row + 1], model(weights, states[row : row + 1]))
+    torch.testing.assert_close(model(weights[:3], states[:, :3]), together[:, :3])
+
+
+class Constant(nn.Module):
+    """A model of a number, which no tensor comes into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, number):
+        return self.inner(torch.full((1, 4), number))
+
+
+def test_a_call_without_a_tensor_is_refused():
+    """Without a tensor among the arguments there are no rows to tell apart: a ValueError says so."""
+    model = adapted(Constant(), target_modules=["inner"])
+    with pytest.raises(ValueError, match="A call without any tensor among its arguments cannot be routed"):
+        model(3.0)

@@ -1,0 +1,104 @@
+"""Modules that cannot be adapted are refused by name, with a remedy that works."""
+
+import pytest
+import torch
+from helpers.models import adapted, gpt2, llama, outputs, randomise, text
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+
+class Experts(nn.Module):
+    """Two experts behind a list, as older mixture models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        return sum(expert(x) for expert in self.experts)
+
+
+class Attention(nn.Module):
+    """Self-attention of torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attn(x, x, x)[0]
+
+
+class Several(nn.Module):
+    """One module of each kind that some adapter might be asked to take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv, self.rnn = nn.Embedding(4, 4), nn.Conv2d(1, 1, 1), nn.GRU(4, 4)
+        self.bilinear, self.norm = nn.Bilinear(4, 4, 4), nn.LayerNorm(4)
+
+
+REFUSALS = {
+    "embedding": (llama, "embed_tokens", "model.embed_tokens", "Embedding"),
+    "embedding of GPT-2": (gpt2, "wte", "transformer.wte", "Embedding"),
+    "embedding of torch": (Several, "embed", "embed", "Embedding"),
+    "convolution": (Several, "conv", "conv", "Conv2d"),
+    "recurrence": (Several, "rnn", "rnn", "GRU"),
+    "bilinear": (Several, "bilinear", "bilinear", "Bilinear"),
+    "norm": (Several, "norm", "norm", "LayerNorm"),
+    "head": (llama, "lm_head", "lm_head", "head"),
+    "head of GPT-2": (gpt2, "lm_head", "lm_head", "head"),
+    "expert": (Experts, "experts.0", "experts.0", "expert"),
+    "attention of torch": (Attention, "attn", "attn", "MultiheadAttention"),
+    "its output projection": (Attention, "out_proj", "attn.out_proj", "MultiheadAttention"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_targets(case):
+    """A module that cannot be adapted raises a ValueError that names it, its kind and a remedy."""
+    build, target, name, kind = REFUSALS[case]
+    with pytest.raises(ValueError, match=rf"'{name}' .*{kind}.*(`target_modules`|`exclude_modules`)"):
+        adapted(build(), target_modules=[target])
+
+
+def test_head_is_trained_in_full_as_the_refusal_says():
+    """The remedy that the head's refusal names works: `modules_to_save` trains it, beside the adapter."""
+    model = adapted(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]).train()
+    inputs = text()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
+    assert len(gradients) == 1 and gradients[0].any()
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+def test_foreign_adapter_is_refused():
+    """A module with another method's adapter raises a ValueError that names the module, that adapter and a remedy."""
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).base_model.model
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj' .*Linear.*`exclude_modules`"):
+        adapted(model, target_modules=["q_proj"])
+
+
+def test_no_matched_target():
+    """Targets that match nothing raise PEFT's ValueError, which names them."""
+    with pytest.raises(ValueError, match="nowhere"):
+        adapted(llama(), target_modules=["nowhere"])
+
+
+def test_a_refusal_leaves_the_model_usable():
+    """After a refused attempt, a second one on the same model is as a first one, instructions included."""
+    results = []
+    inputs = text() | {"instruction_embeds": torch.randn(2, 4)}
+    for first_attempt in (["q_proj", "embed_tokens"], None):
+        torch.manual_seed(0)
+        model = llama()
+        if first_attempt is not None:
+            with pytest.raises(ValueError, match="embed_tokens"):
+                adapted(model, target_modules=first_attempt, instruction_dim=4)
+        model = adapted(model, target_modules=["q_proj"], instruction_dim=4)
+        torch.manual_seed(1)
+        randomise(model)
+        results.append(outputs(model, inputs))
+    torch.testing.assert_close(*results)
