@@ -53,7 +53,7 @@ def test_identity(architecture):
     model, inputs = architecture.build().eval(), architecture.inputs()
     expected = result(model, inputs)
     model = adapted(model, target_modules=architecture.targets)
-    scopes = {str(key): stack.plans["default"].scope for key, stack in model.base_model.stacks.items()}
+    scopes = {str(key): stack.plans["default"].scope.name for key, stack in model.base_model.stacks.by_key.items()}
     assert scopes == {name or "the model": scope for name, scope in architecture.scopes.items()}
     with model.disable_adapter():  # T5 moves by a rounding as soon as its modules are wrapped, by LoRA too
         wrapped = result(model, inputs)

@@ -30,7 +30,7 @@ from torch import nn
 
 from peft_queryable import QueryableLoraConfig
 from peft_queryable.config import _UNSUPPORTED_FIELDS, _UNSUPPORTED_INITIALISATIONS, INITIALISATIONS
-from peft_queryable.layer import QueryableLoraLayer
+from peft_queryable.tuner.layer import QueryableLoraLayer
 
 
 @dataclass
@@ -197,7 +197,7 @@ def test_blocks_are_made_of_the_adapted_layers(layers, num_blocks, expected):
         if isinstance(module, QueryableLoraLayer)
     }
     assert blocks == expected
-    assert len(router_of(model).prior.weight) == len(set(expected.values()))
+    assert len(router_of(model).block_prior.weight) == len(set(expected.values()))
 
 
 def test_only_the_named_tokens_train():

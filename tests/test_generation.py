@@ -110,7 +110,7 @@ def test_sliding_window(scope):
 def test_chunked_prefill(model, batch, chunk):
     """Chunked prefill is exact where routes are causal, and refused where the last chunk would change the first."""
     config = no_stop(do_sample=False, prefill_chunk_size=chunk)
-    if model.base_model.call.active_plans()[0].scope == "prompt":
+    if model.base_model.model_hooks.active_plans()[0].scope.name == "prompt":
         with pytest.raises(ValueError, match="prefill_chunk_size"):
             model.generate(**batch, generation_config=config)
         return

@@ -27,7 +27,7 @@ from peft_queryable import (
     instructions,
     set_instruction,
 )
-from peft_queryable.router import Router
+from peft_queryable.method.router import Router
 
 FIRST, SECOND, THIRD = "w10 w11 w12", "w20 w21", "w30"
 
@@ -191,7 +191,7 @@ def test_a_loaded_adapter_needs_no_encoder(model, tmp_path, monkeypatch, low_cpu
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     fields = ("instruction", "instruction_encoder", "instruction_encoder_revision")
     assert [saved[name] for name in fields] == [FIRST, "someone/encoder", "v2"]
-    monkeypatch.setattr("peft_queryable.model.load_encoder", None)
+    monkeypatch.setattr("peft_queryable.tuner.model.load_encoder", None)
     loaded = PeftModel.from_pretrained(llama_like(model), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
     torch.testing.assert_close(outputs(loaded, inputs), expected)
     assert loaded.peft_config["default"].instruction == FIRST
@@ -209,13 +209,13 @@ def test_the_default_is_never_learned(model, encoder):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(**text(), labels=token_ids()).loss.backward()
     router = model.base_model.queryable_lora_router["default"]
-    assert router.instruction.weight.grad is None
+    assert router.default_instruction.weight.grad is None
     assert router.instruction_prior.weight.grad.any() and router.instruction_query.weight.grad.any()
     optimizer.step()
-    assert torch.equal(router.instruction.weight, encoder([FIRST]))
+    assert torch.equal(router.default_instruction.weight, encoder([FIRST]))
     model.set_adapter("default")
     model.set_requires_grad("default", True)
-    assert not router.instruction.weight.requires_grad
+    assert not router.default_instruction.weight.requires_grad
     assert all(p.requires_grad for p in learned(model))
 
 
@@ -238,7 +238,7 @@ def test_width_comes_from_the_backbone():
 def test_width_comes_from_the_encoder(monkeypatch, tmp_path):
     """Any other name is loaded once for its width, and not again for a saved adapter."""
     loads = []
-    monkeypatch.setattr("peft_queryable.model.load_encoder", lambda *args: loads.append(args[:2]) or Counting(7))
+    monkeypatch.setattr("peft_queryable.tuner.model.load_encoder", lambda *args: loads.append(args[:2]) or Counting(7))
     model = adapted(mlp(), target_modules=["first"], instruction_encoder="x/y", instruction_encoder_revision="main")
     assert model.peft_config["default"].instruction_dim == 7
     with instructions(model, "abc"):
@@ -271,7 +271,7 @@ def test_words_through_the_backbone(tmp_path):
 @pytest.fixture
 def several(model, monkeypatch) -> PeftModel:
     """Adapters `default` (width 5), `wide` (width 7, with an encoder) and `mute`, which takes no instruction."""
-    monkeypatch.setattr("peft_queryable.model.load_encoder", lambda name, *_: Random(int(name)))
+    monkeypatch.setattr("peft_queryable.tuner.model.load_encoder", lambda name, *_: Random(int(name)))
     for name, encoder in (("wide", "7"), ("mute", None)):
         model.add_adapter(name, QueryableLoraConfig(r=3, target_modules=["q_proj"], instruction_encoder=encoder))
         randomise(model, name)

@@ -8,7 +8,7 @@ from helpers.models import adapted, llama, outputs, randomise, token_ids
 from peft import LoraConfig, get_peft_model
 
 from peft_queryable import QueryableLoraConfig
-from peft_queryable.router import Router
+from peft_queryable.method.router import Router
 
 DTYPES = (torch.bfloat16, torch.float16)
 SCOPES = ("causal", "prompt", "sequence")

@@ -48,7 +48,7 @@ def test_the_routers_weights_are_recorded(name, scope):
         outputs(model, architecture.inputs())
     recorded = {block: weights for call in trace.calls for block, weights in call.weights.items()}
     assert recorded.keys() == {block for block, _ in made}
-    assert len(recorded) == router_of(model).num_blocks
+    assert len(recorded) == router_of(model).settings.num_blocks
     for block, weights in made:
         assert torch.equal(recorded[block], weights)
 

@@ -101,7 +101,7 @@ def test_cache_cropped_into_the_prompt(model):
     cache = DynamicCache(config=model.config)
     outputs(model, {"input_ids": ids, "past_key_values": cache, "use_cache": True})
     cache.crop(-3)
-    if model.base_model.call.active_plans()[0].scope == "prompt":
+    if model.base_model.model_hooks.active_plans()[0].scope.name == "prompt":
         with pytest.raises(ValueError, match="cropped to 5 tokens, into those"):
             step_logits(model, ids, cache, PROMPT - 3)
         return

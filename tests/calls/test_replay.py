@@ -12,7 +12,7 @@ from helpers.models import adapted, bert, gpt2, llama, randomise, t5, token_ids
 from packaging.version import Version
 from torch import Tensor, nn
 
-from peft_queryable.routing import Routing
+from peft_queryable.calls.adapter_call import AdapterCall
 
 SCOPES = ("causal", "prompt", "sequence")
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5}
@@ -139,7 +139,7 @@ def test_dropped_graph_takes_its_replay_with_it():
     """A forward without a backward leaves no cycle through the graph, which Python could not collect."""
     model = checkpointing(build())
     loss = model(**batch(1)).loss
-    contexts = [weakref.ref(o) for o in gc.get_objects() if type(o) is Routing and o.plan.router is router(model)]
+    contexts = [weakref.ref(o) for o in gc.get_objects() if type(o) is AdapterCall and o.plan.router is router(model)]
     assert len(contexts) == 1
     del loss
     gc.collect()

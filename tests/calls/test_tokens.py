@@ -12,12 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from peft_queryable.pooling import (
-    packed_segments,
-    prompt_tokens,
-    read_tokens,
-    real_tokens,
-)
+from peft_queryable.calls.tokens import packed_segments, prompt_tokens, read_tokens, real_tokens
 
 # Packed rows, as collators describe them
 
@@ -173,19 +168,19 @@ def test_labels_of_sequences_mark_no_prompt(labels):
 
 
 def test_tokens_of_a_cached_step():
-    """With cached tokens, masks are those of the call's own tokens, and nothing is packed or given any more."""
+    """With cached tokens, masks are those of the call's own tokens, nothing is packed, and no prompt is told."""
     cache = DynamicCache()
     cache.update(torch.zeros(3, 1, 2, 4), torch.zeros(3, 1, 2, 4), 0)
     kwargs = BatchEncoding({"attention_mask": PADDED, "position_ids": torch.tensor([[5, 3]] * 3)})
     tokens = read_tokens(token_ids(3, 2), kwargs, past=cache.get_seq_length(), prompt_length=2)
     assert torch.equal(tokens.real, PADDED[:, 2:].bool())
-    assert tokens.segments is tokens.given is tokens.prompt is None
+    assert tokens.segments is tokens.generation_prompt is tokens.prompt is None
 
 
-def test_given_tokens():
-    """In a prefill by `generate` the first tokens are given, and later ones are not."""
+def test_generation_prompt():
+    """In a prefill by `generate` the first tokens are its prompt, and later ones are not."""
     tokens = read_tokens(token_ids(2, 5), {}, prompt_length=3)
-    assert torch.equal(tokens.given, (torch.arange(5) < 3).expand(2, -1))
+    assert torch.equal(tokens.generation_prompt, (torch.arange(5) < 3).expand(2, -1))
 
 
 def test_sequence_bounds_alone_mark_packing():

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from peft_queryable import QueryableLoraConfig
-from peft_queryable.router import Router
+from peft_queryable.method.router import Router
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:(torch|trl|peft)"),  # of torchao's tensors, of configurations
@@ -282,7 +282,7 @@ def test_qlora(folder, tmp_path, remedy, monkeypatch):
     assert {name for name, share in moved.items() if share > 0} == {
         name for name, p in trainer.model.named_parameters() if p.requires_grad
     }
-    bank = [moved[name] for name in moved if name.endswith(("atoms.weight", "keys.weight", "prior.weight"))]
+    bank = [moved[name] for name in moved if name.endswith(("atoms.weight", "keys.weight", "block_prior.weight"))]
     assert len(bank) == 3 and all(share > 0.8 if remedy else share < 0.1 for share in bank)
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_queryable import QueryableLoraConfig
-from peft_queryable.pooling import Pool
+from peft_queryable.method.scope import Pool
 
 STEPS = 6
 
@@ -188,9 +188,9 @@ def test_labels_reach_the_routing(tmp_path, monkeypatch, kwargs):
     seen = []
     original = Pool.__init__
 
-    def spy(self, tokens, scope):
-        original(self, tokens, scope)
-        seen.append((scope, self.mask))
+    def spy(self, scope, tokens):
+        original(self, scope, tokens)
+        seen.append((scope.name, self.mask))
 
     monkeypatch.setattr(Pool, "__init__", spy)
     run = sft_trainer(tmp_path, "prompt", **kwargs)

@@ -27,7 +27,7 @@ from trl import (
 )
 
 from peft_queryable import QueryableLoraConfig
-from peft_queryable.pooling import Pool
+from peft_queryable.method.scope import Pool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:trl"),
@@ -195,8 +195,8 @@ def test_labels_tell_the_prompt(tmp_path, monkeypatch, name):
         trainer = preference_trainer(name, llama(), tmp_path, routing_scope="prompt")
     prompts = []
 
-    def spy(self, tokens, scope):
-        original(self, tokens, scope)
+    def spy(self, scope, tokens):
+        original(self, scope, tokens)
         if torch.is_grad_enabled():
             prompts.append(self.mask.sum(1))
 

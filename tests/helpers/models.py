@@ -12,15 +12,15 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_queryable import QueryableLoraConfig
-from peft_queryable.layer import QueryableLoraLayer
-from peft_queryable.router import Router
+from peft_queryable.method.router import Router
+from peft_queryable.tuner.layer import QueryableLoraLayer
 
 VOCAB = 64
 LAYERS = 4
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # of the fixtures `model` and `folder`
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BANK = {"atoms", "keys", "prior", "state_query", "depth_value", "depth_query", "depth_key"}
-INSTRUCTION = {"instruction", "instruction_query", "instruction_prior"}
+BANK = {"atoms", "keys", "block_prior", "state_query", "depth_value", "depth_query", "depth_key"}
+INSTRUCTION = {"default_instruction", "instruction_query", "instruction_prior"}
 ROUTER_KEY = "base_model.queryable_lora_router."
 
 
@@ -161,7 +161,7 @@ def randomise(model: nn.Module, adapter: str = "default", scale: float = 0.3) ->
 def learned(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
     """Parameters that `adapter` can learn: all but the default instruction."""
     parameters = [(name, p) for name, p in model.named_parameters() if f".{adapter}." in name]
-    return [p for name, p in parameters if not name.endswith(f".{adapter}.instruction.weight")]
+    return [p for name, p in parameters if not name.endswith(f".{adapter}.default_instruction.weight")]
 
 
 def close_gates(model: nn.Module) -> None:

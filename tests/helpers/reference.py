@@ -67,7 +67,7 @@ class Bank:
             hyper,
             C=tensors["atoms.weight"],
             k=tensors["keys.weight"],
-            w=tensors["prior.weight"],
+            w=tensors["block_prior.weight"],
             Q_cur=tensors.get("state_query.weight"),
             Q_dep=tensors.get("depth_value.weight"),
             Q_dep_q=tensors.get("depth_query.weight"),

@@ -12,7 +12,7 @@ from torch.linalg import matrix_norm, vector_norm
 
 from helpers import reference
 from helpers.reference import Bank, Hyper
-from peft_queryable.router import Router
+from peft_queryable.method.router import Router, RouterSettings
 
 SLACK = 1 + 1e-9  # rounding, in bounds that are met with equality
 
@@ -52,7 +52,7 @@ class Situation:
 
     def operator(self, e: Tensor | None = None) -> Tensor:
         """The library's S, [r, r]."""
-        return self.router.operator(self.alpha(e)[None, None])[0]
+        return self.router.atoms.operator(self.alpha(e)[None, None])[0]
 
     def zeta(self, e: Tensor | None = None) -> Tensor:
         """State logits, [M]."""
@@ -71,7 +71,9 @@ class Situation:
         """The same tensors under other hyperparameters."""
         new = Hyper(**(asdict(self.hyper) | hyper))
         M, r, _ = self.bank.C.shape
-        router = Router(r, M, num_blocks=4, dim=self.bank.k.shape[1], instruction_dim=len(self.e), **asdict(new))
+        router = Router(
+            RouterSettings(r, M, num_blocks=4, dim=self.bank.k.shape[1], instruction_dim=len(self.e), **asdict(new))
+        )
         router = router.double().requires_grad_(False)
         router.load_state_dict(self.router.state_dict())
         return Situation(new, router, self.state, self.means, self.e)
@@ -80,10 +82,14 @@ class Situation:
 def make_situation(seed: int, M: int = 5, r: int = 3, d: int = 4, means: int = 2, **hyper: Any) -> Situation:
     torch.manual_seed(seed)
     settings = Hyper(**hyper)
-    router = Router(r, M, num_blocks=4, dim=d, instruction_dim=3, **asdict(settings)).double().requires_grad_(False)
+    router = (
+        Router(RouterSettings(r, M, num_blocks=4, dim=d, instruction_dim=3, **asdict(settings)))
+        .double()
+        .requires_grad_(False)
+    )
     for p in router.parameters():
         nn.init.normal_(p)
-    nn.init.zeros_(router.instruction.weight)
+    nn.init.zeros_(router.default_instruction.weight)
     state, *earlier = torch.randn(1 + means, r).double()
     return Situation(settings, router, state, earlier, torch.randn(3).double())
 

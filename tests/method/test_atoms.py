@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_queryable.router import Router, _Mix
+from peft_queryable.method.atoms import _Mix
+from peft_queryable.method.router import Router, RouterSettings
 
 BATCH, ROUTES, RANK, ATOMS = 3, 5, 4, 6
 
@@ -12,7 +13,7 @@ BATCH, ROUTES, RANK, ATOMS = 3, 5, 4, 6
 def router(**kwargs) -> Router:
     """A router, which holds the atoms."""
     config = {"rank": RANK, "num_atoms": ATOMS, "top_k": 3, "num_blocks": 4, "dim": 8, "instruction_dim": 7}
-    return Router(**(config | kwargs))
+    return Router(RouterSettings(**(config | kwargs)))
 
 
 def test_operator_is_the_mixture_of_atoms():
@@ -20,7 +21,7 @@ def test_operator_is_the_mixture_of_atoms():
     module = router().double()
     weights = torch.rand(BATCH, 1, ATOMS, dtype=torch.float64)
     expected = sum(weights[:, 0, m].view(-1, 1, 1) * module.atoms.weight[m] for m in range(ATOMS))
-    torch.testing.assert_close(module.operator(weights), expected)
+    torch.testing.assert_close(module.atoms.operator(weights), expected)
 
 
 @pytest.mark.parametrize("routes", [1, ROUTES])
@@ -29,10 +30,10 @@ def test_mix_applies_the_operator(routes):
     module = router().double()
     weights = torch.rand(BATCH, routes, ATOMS, dtype=torch.float64)
     states = torch.randn(BATCH, ROUTES, RANK, dtype=torch.float64)
-    mixed = module.mix(weights, states)
+    mixed = module.atoms.mix(weights, states)
     for row in range(BATCH):
         for t in range(ROUTES):
-            operator = module.operator(weights[row, min(t, routes - 1)].view(1, 1, ATOMS))[0]
+            operator = module.atoms.operator(weights[row, min(t, routes - 1)].view(1, 1, ATOMS))[0]
             torch.testing.assert_close(mixed[row, t], operator @ states[row, t])
 
 
@@ -56,7 +57,7 @@ def test_gradients_of_mix(shape):
 
     expected = torch.autograd.grad(by_sum(*inputs), inputs, upstream)
     for found, gradient in zip(
-        torch.autograd.grad(module.mix(weights, states), inputs, upstream), expected, strict=True
+        torch.autograd.grad(module.atoms.mix(weights, states), inputs, upstream), expected, strict=True
     ):
         torch.testing.assert_close(found, gradient)
 

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_queryable import QueryableLoraConfig
-from peft_queryable.router import Router
+from peft_queryable.method.router import Router, RouterSettings
 
 TOLERANCE = 1e-9
 INSTRUCTION_DIM = 4
@@ -193,15 +193,18 @@ def packed_case(base: nn.Module, prompt: bool) -> Case:
 def test_router(top_k, kind, terms):
     """Weights of one state at a time after zero to three earlier blocks; then S and S s of those weights."""
     hyper = Hyper(**(asdict(HYPER) | {"top_k": top_k}))
-    router = Router(3, 6, num_blocks=4, dim=5, instruction_dim=INSTRUCTION_DIM, query_terms=terms, **asdict(hyper))
+    settings = RouterSettings(
+        3, 6, num_blocks=4, dim=5, instruction_dim=INSTRUCTION_DIM, query_terms=terms, **asdict(hyper)
+    )
+    router = Router(settings)
     router = router.double()
     bank = Bank.read(dict(router.named_parameters()), hyper)
     state, *means = torch.randn(4, BATCH, 2, 3).double()
     e = instruction(kind, BATCH).get("instruction_embeds")
     for block in range(4):
         weights = router(block, state, means[:block], router.prepare(e))
-        operator = router.operator(weights[:, :1])
-        mixed = router.mix(weights, state)
+        operator = router.atoms.operator(weights[:, :1])
+        mixed = router.atoms.mix(weights, state)
         for row, t in itertools.product(range(BATCH), range(2)):
             embedding = None if e is None else e[row if len(e) > 1 else 0]
             alpha = route(bank, block, state[row, t], [mean[row, t] for mean in means[:block]], embedding)

@@ -18,5 +18,5 @@ def test_other_tokens_than_the_stacks_are_refused():
             return self.second(self.first(x)[:, :3])
 
     model = adapted(Shorter(), target_modules=["first", "second"], num_blocks=1, routing_scope="causal")
-    with pytest.raises(ValueError, match=r"3 tokens a row.* routes 5.*`exclude_modules`"):
+    with pytest.raises(ValueError, match=r"3 tokens per row.* routes 5.*`exclude_modules`"):
         model(torch.randn(2, 5, 4))

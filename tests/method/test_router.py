@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from peft_queryable.router import RMS_EPS, Router, rms_norm, top_k_softmax
+from peft_queryable.method.router import RMS_EPS, Router, RouterSettings, rms_norm, top_k_softmax
 
 BATCH, ROUTES, RANK, ATOMS, DIM, CONTEXT = 3, 5, 4, 6, 8, 7
 
@@ -19,7 +19,7 @@ BATCH, ROUTES, RANK, ATOMS, DIM, CONTEXT = 3, 5, 4, 6, 8, 7
 def router(**kwargs) -> Router:
     """A router whose atoms are not zero and whose projections are large enough to matter."""
     config = {"rank": RANK, "num_atoms": ATOMS, "top_k": 3, "num_blocks": 4, "dim": DIM, "instruction_dim": CONTEXT}
-    return Router(**(config | kwargs))
+    return Router(RouterSettings(**(config | kwargs)))
 
 
 def inputs(dtype: torch.dtype = torch.float32, routes: int = ROUTES) -> tuple:
@@ -206,7 +206,7 @@ def test_every_parameter_that_routes_gets_a_gradient(num_means, with_instruction
     [
         (("state", "depth", "instruction"), CONTEXT, ("state", "depth", *sorted(INSTRUCTION))),
         (("state", "depth", "instruction"), None, ("state", "depth")),
-        (("state",), CONTEXT, ("state", "instruction", "instruction_prior")),
+        (("state",), CONTEXT, ("state", "default_instruction", "instruction_prior")),
         (("depth",), None, ("depth",)),
         ((), None, ()),
     ],
@@ -221,11 +221,11 @@ def test_parameter_tree(query_terms, instruction_dim, expected):
             "depth_query.weight": (DIM, DIM),
             "depth_key.weight": (DIM, RANK),
         },
-        "instruction": {"instruction.weight": (1, CONTEXT)},
+        "default_instruction": {"default_instruction.weight": (1, CONTEXT)},
         "instruction_query": {"instruction_query.weight": (DIM, CONTEXT)},
         "instruction_prior": {"instruction_prior.weight": (DIM, CONTEXT)},
     }
-    tree = {"atoms.weight": (ATOMS, RANK, RANK), "keys.weight": (ATOMS, DIM), "prior.weight": (4, DIM)}
+    tree = {"atoms.weight": (ATOMS, RANK, RANK), "keys.weight": (ATOMS, DIM), "block_prior.weight": (4, DIM)}
     for term in expected:
         tree |= shapes[term]
     module = router(query_terms=query_terms, instruction_dim=instruction_dim)
@@ -250,10 +250,10 @@ def test_maths_is_float32_under_autocast():
     weights = route(module, 2, state, means, instruction)
     with torch.autocast("cpu", torch.bfloat16):
         cast = route(module, 2, state, means, instruction)
-        operator = module.operator(cast)
+        operator = module.atoms.operator(cast)
     assert cast.dtype == operator.dtype == torch.float32
     assert torch.equal(cast, weights)
-    assert torch.equal(operator, module.operator(weights))
+    assert torch.equal(operator, module.atoms.operator(weights))
 
 
 def test_maths_is_float64_with_float64_parameters():

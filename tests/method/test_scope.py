@@ -6,7 +6,8 @@ from helpers.tokens import PADDED, packed_rows, segments_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_queryable.pooling import Pool, Tokens, segment_cumsum, segment_sum
+from peft_queryable.method import scope as scopes
+from peft_queryable.method.scope import Pool, Tokens, segment_cumsum, segment_sum
 
 RANK = 3
 SCOPES = ["causal", "prompt", "sequence"]
@@ -65,13 +66,19 @@ def test_earlier_sequences_leave_no_rounding_behind():
 
 def pooled(scope: str, states: torch.Tensor, **tokens) -> torch.Tensor:
     """Means [B, T, r] of `states` over what each token sees."""
-    pool = Pool(Tokens(**tokens), scope)
+    pool = Pool(scopes.SCOPES[scope], Tokens(**tokens))
     return (pool.sum(states) / pool.count(states).clamp(min=1)).expand_as(states)
 
 
-def looped(scope: str, states: torch.Tensor, real=None, prompt=None, given=None, segments=None) -> torch.Tensor:
+def looped(
+    scope: str, states: torch.Tensor, real=None, prompt=None, generation_prompt=None, segments=None
+) -> torch.Tensor:
     """The same, token by token."""
-    masks = {"causal": [real], "prompt": [real, prompt, given], "sequence": [real, given]}[scope]
+    masks = {
+        "causal": [real],
+        "prompt": [real, prompt, generation_prompt],
+        "sequence": [real, generation_prompt],
+    }[scope]
     out = torch.zeros_like(states)
     for row in range(states.shape[0]):
         for t in range(states.shape[1]):
@@ -93,7 +100,7 @@ def test_pool_against_loops(scope, data):
     """Whatever the masks, the packing and the scope, a token sees the mean of what METHOD says it sees."""
     lengths = data.draw(packed_rows().filter(lambda rows: sum(rows[0]) > 1))
     rows, length = len(lengths), sum(lengths[0])
-    tokens = {name: data.draw(masks(rows, length)) for name in ("real", "prompt", "given")}
+    tokens = {name: data.draw(masks(rows, length)) for name in ("real", "prompt", "generation_prompt")}
     tokens["segments"] = data.draw(st.sampled_from([None, segments_of(lengths)]))
     states = torch.randn(rows, length, RANK, dtype=torch.float64)
     torch.testing.assert_close(pooled(scope, states, **tokens), looped(scope, states, **tokens))
@@ -156,7 +163,7 @@ def test_rows_without_a_token_to_see(scope):
 def test_narrow_states_are_summed_in_float32(scope, dtype):
     """Sums of 16-bit states are float32 ones, also under autocast: counts beyond 256 stay exact."""
     states = torch.ones(1, 1000, RANK, dtype=dtype)
-    pool = Pool(Tokens(segments=torch.zeros(1, 1000, dtype=torch.long)), scope)
+    pool = Pool(scopes.SCOPES[scope], Tokens(segments=torch.zeros(1, 1000, dtype=torch.long)))
     with torch.autocast("cpu", torch.bfloat16):
         total, count = pool.sum(states)[0, -1], pool.count(states)[0, -1]
     assert total.dtype == count.dtype == torch.float32
@@ -169,9 +176,9 @@ def test_shapes(scope):
     """Scope `causal` gives one sum per token; the others give one per row, or one per token of packed rows."""
     states = torch.randn(2, 5, RANK)
     rows = 5 if scope == "causal" else 1
-    assert Pool(Tokens(), scope).sum(states).shape == (2, rows, RANK)
-    assert Pool(Tokens(), scope).count(states).shape == (2, rows, 1)
-    packed = Pool(Tokens(segments=segments_of([[2, 3]] * 2)), scope)
+    assert Pool(scopes.SCOPES[scope], Tokens()).sum(states).shape == (2, rows, RANK)
+    assert Pool(scopes.SCOPES[scope], Tokens()).count(states).shape == (2, rows, 1)
+    packed = Pool(scopes.SCOPES[scope], Tokens(segments=segments_of([[2, 3]] * 2)))
     assert packed.sum(states).shape == (2, 5, RANK)
 
 
@@ -188,4 +195,4 @@ def test_other_tokens_than_the_calls_are_refused(scope, name):
     """States of another number of tokens than the masks' raise a ValueError with both numbers and a remedy."""
     mask = torch.ones(2, 4, dtype=torch.bool if name == "real" else torch.long)
     with pytest.raises(ValueError, match=r"3 tokens .* have 4\. .*`exclude_modules`"):
-        Pool(Tokens(**{name: mask}), scope).sum(torch.randn(2, 3, RANK))
+        Pool(scopes.SCOPES[scope], Tokens(**{name: mask})).sum(torch.randn(2, 3, RANK))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from peft_queryable.router import RMS_EPS, Router, rms_norm, top_k_softmax
+from peft_queryable.method.router import RMS_EPS, Router, RouterSettings, rms_norm, top_k_softmax
 
 
 @given(situations())
@@ -152,7 +152,11 @@ def test_proposition_d7a_no_language(s):
     without e(c) it is, whatever lambda and tau.
     """
     M, r, _ = s.bank.C.shape
-    plain = Router(r, M, num_blocks=4, dim=s.bank.k.shape[1], **asdict(s.hyper)).double().requires_grad_(False)
+    plain = (
+        Router(RouterSettings(r, M, num_blocks=4, dim=s.bank.k.shape[1], **asdict(s.hyper)))
+        .double()
+        .requires_grad_(False)
+    )
     plain.load_state_dict({k: v for k, v in s.router.state_dict().items() if "instruction" not in k})
     means = [mean[None, None] for mean in s.means]
     expected = plain(s.block, s.state[None, None], means, plain.prepare())[0, 0]
@@ -211,7 +215,7 @@ def test_proposition_d8_operator_is_in_the_hull_of_the_atoms(s):
     assert alpha.min() >= 0
     close(alpha.sum(), torch.ones(()).double())
     close(s.operator(), sum(a * atom for a, atom in zip(alpha, C, strict=True)))
-    close(s.router.mix(alpha[None, None], s.state[None, None])[0, 0], s.operator() @ s.state)
+    close(s.router.atoms.mix(alpha[None, None], s.state[None, None])[0, 0], s.operator() @ s.state)
     mean_norm = sum(a * norm(atom) for a, atom in zip(alpha, C, strict=True))
     assert norm(s.operator()) <= mean_norm * SLACK <= max(norm(atom) for atom in C) * SLACK**2
     one = s.changed(top_k=1)
@@ -224,10 +228,10 @@ def read_summary(s: Situation) -> Tensor:
     """
     s = s.changed(top_k=None)
     s.router.depth_value.weight.zero_()
-    for table in (s.router.depth_value, s.router.prior):
+    for table in (s.router.depth_value, s.router.block_prior):
         table.requires_grad_(True)
     loss = s.alpha().log() @ torch.randn(len(s.rho())).double()
-    by_Q_dep, by_w = torch.autograd.grad(loss, [s.router.depth_value.weight, s.router.prior.weight])
+    by_Q_dep, by_w = torch.autograd.grad(loss, [s.router.depth_value.weight, s.router.block_prior.weight])
     by_q = by_w[s.block]
     return by_Q_dep.T @ by_q / (by_q @ by_q)
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from peft_queryable import QueryableLoraConfig
-from peft_queryable import router as router_module
-from peft_queryable.layer import QueryableLoraLayer
-from peft_queryable.router import top_k_softmax
+from peft_queryable.method import router as router_module
+from peft_queryable.method.router import top_k_softmax
+from peft_queryable.tuner.layer import QueryableLoraLayer
 
 TARGETS = ["first", "second", "third", "head"]
 
@@ -106,7 +106,7 @@ class Watch:
         self.operators: list[Tensor] = []  # [B, r, r] where K = 1
         self.modules: list[Seen] = []
         monkeypatch.setattr(router_module, "top_k_softmax", self._spy_on_logits)
-        monkeypatch.setattr(self.router, "operator", self._recording(self.router.operator, self.operators))
+        monkeypatch.setattr(self.router.atoms, "operator", self._recording(self.router.atoms.operator, self.operators))
         monkeypatch.setattr(self.router, "forward", self._recording(self.router.forward, self.weights))
         layers = [module for module in adapted.modules() if isinstance(module, QueryableLoraLayer)]
         self.hooks = [layer.register_forward_hook(self._see) for layer in layers]
@@ -243,7 +243,7 @@ def test_corollary_5_3_1_state_and_language_logits(monkeypatch, scope):
             scalar = scalar + by_zeta[row, k] @ torch.stack(reference.state_logits(bank, q))
             scalar = scalar + by_rho[row, k] @ torch.stack(reference.prior_logits(bank, e))
     router = watch.router
-    for ours, theirs in ((bank.w, router.prior), (bank.R_ctx, router.instruction_prior), (bank.k, router.keys)):
+    for ours, theirs in ((bank.w, router.block_prior), (bank.R_ctx, router.instruction_prior), (bank.k, router.keys)):
         (expected,) = torch.autograd.grad(scalar, ours, retain_graph=True)
         assert expected.abs().max() > 1e-4
         close(theirs.weight.grad, expected)
@@ -353,7 +353,7 @@ def test_theorem_d15_is_tight():
     base = nn.Sequential(nn.Linear(2, 2)).double()
     adapted = adapt(base, r=2, num_atoms=2, router_dim=2, target_modules=["0"], **asdict(s.hyper))
     router = adapted.base_model.queryable_lora_router["default"]
-    router.load_state_dict(s.router.state_dict() | {"prior.weight": s.bank.w[:1]})
+    router.load_state_dict(s.router.state_dict() | {"block_prior.weight": s.bank.w[:1]})
     layer = adapted.base_model.model[0]
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(0.8 * torch.eye(2))

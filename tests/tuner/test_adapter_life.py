@@ -133,7 +133,7 @@ class AdapterLife(RuleBasedStateMachine):
         keys = [key.split(".") for key in self.model.state_dict()]
         assert {key[key.index("lora_A") + 1] for key in keys if "lora_A" in key} == set(self.adapters)
         assert set(self.model.base_model.queryable_lora_router) == set(self.adapters)
-        stacks = self.model.base_model.stacks.values()
+        stacks = self.model.base_model.stacks
         assert {name for stack in stacks for name in stack.plans} == set(self.adapters)
         for stack in stacks:
             for name, plan in stack.plans.items():

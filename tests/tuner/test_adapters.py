@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_queryable import QueryableLoraConfig
-from peft_queryable.layer import QueryableLoraLayer
+from peft_queryable.tuner.layer import QueryableLoraLayer
 
 
 def test_disabled_adapter_is_the_base(model, base):
@@ -182,7 +182,7 @@ def test_delete_adapter():
     model.delete_adapter("one")
     assert not [name for name in model.state_dict() if ".one." in name]
     assert "one" not in model.peft_config
-    for stack in model.base_model.stacks.values():
+    for stack in model.base_model.stacks:
         assert "one" not in stack.plans
     for layer in model.modules():
         assert not isinstance(layer, QueryableLoraLayer) or "one" not in layer.places

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_queryable import QueryableLoraConfig
-from peft_queryable.layer import QueryableLoraLayer
+from peft_queryable.tuner.layer import QueryableLoraLayer
 
 SCOPES = ["causal", "prompt", "sequence"]
 

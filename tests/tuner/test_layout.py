@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from peft_queryable.stack import StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
+from peft_queryable.tuner.layout import StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -164,9 +164,9 @@ def test_stacks_are_watched(name):
     """Adapted, each stack has as many blocks as it has layers, up to `num_blocks`, and one router serves them all."""
     architecture = ARCHITECTURES[name]
     model = adapted(architecture.build(), target_modules=architecture.targets, num_blocks=3).base_model
-    plans = [stack.plans["default"] for stack in model.stacks.values()]
+    plans = [stack.plans["default"] for stack in model.stacks]
     assert [plan.first_block for plan in plans] == np.cumsum([0, *[plan.num_blocks for plan in plans[:-1]]]).tolist()
-    assert len(model.queryable_lora_router["default"].prior.weight) == sum(plan.num_blocks for plan in plans)
+    assert len(model.queryable_lora_router["default"].block_prior.weight) == sum(plan.num_blocks for plan in plans)
     for plan in plans:
         assert plan.router is model.queryable_lora_router["default"]
 
@@ -174,8 +174,8 @@ def test_stacks_are_watched(name):
 def test_encoder_and_decoder_are_separate_stacks():
     """T5's encoder and decoder have blocks, priors and scopes of their own."""
     model = adapted(t5(), target_modules=["q", "v"], num_blocks=2).base_model
-    plans = {str(key): stack.plans["default"] for key, stack in model.stacks.items()}
-    assert {name: (plan.first_block, plan.num_blocks, plan.scope) for name, plan in plans.items()} == {
+    plans = {str(key): stack.plans["default"] for key, stack in model.stacks.by_key.items()}
+    assert {name: (plan.first_block, plan.num_blocks, plan.scope.name) for name, plan in plans.items()} == {
         "encoder": (0, 2, "sequence"),
         "decoder": (2, 2, "causal"),
         "decoder (cross-attention)": (4, 2, "sequence"),

@@ -37,12 +37,12 @@ def test_parameter_tree():
     expected = {
         ROUTER_KEY + "atoms.weight": (6, 4, 4),
         ROUTER_KEY + "keys.weight": (6, 8),
-        ROUTER_KEY + "prior.weight": (2, 8),
+        ROUTER_KEY + "block_prior.weight": (2, 8),
         ROUTER_KEY + "state_query.weight": (8, 4),
         ROUTER_KEY + "depth_value.weight": (8, 4),
         ROUTER_KEY + "depth_query.weight": (8, 8),
         ROUTER_KEY + "depth_key.weight": (8, 4),
-        ROUTER_KEY + "instruction.weight": (1, 5),
+        ROUTER_KEY + "default_instruction.weight": (1, 5),
         ROUTER_KEY + "instruction_query.weight": (8, 5),
         ROUTER_KEY + "instruction_prior.weight": (8, 5),
     }
@@ -55,7 +55,7 @@ def test_parameter_tree():
     assert shapes == expected
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.replace(".default.", ".") for name in trainable} == set(expected) - {
-        ROUTER_KEY + "instruction.weight"
+        ROUTER_KEY + "default_instruction.weight"
     }
 
 
@@ -116,7 +116,7 @@ def test_the_seed_determines_the_adapter():
         return get_peft_model_state_dict(adapted(base, target_modules=LLAMA_PROJECTIONS, instruction_dim=5))
 
     first, same, other = state_dict(1), state_dict(1), state_dict(2)
-    constant = {name for name in first if "lora_B" in name or "lora_gate" in name or ".instruction." in name}
+    constant = {name for name in first if "lora_B" in name or "lora_gate" in name or ".default_instruction." in name}
     for name, tensor in first.items():
         assert torch.equal(tensor, same[name])
         assert torch.equal(tensor, other[name]) == (name in constant)

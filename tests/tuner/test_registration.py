@@ -15,7 +15,8 @@ from peft.utils import PeftType
 from transformers import LlamaForCausalLM
 
 import peft_queryable
-from peft_queryable import QueryableLoraConfig, QueryableLoraModel, registration
+from peft_queryable import QueryableLoraConfig, QueryableLoraModel
+from peft_queryable.tuner import registration
 
 MEMBER = PeftType.QUERYABLE_LORA
 
