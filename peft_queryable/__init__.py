@@ -2,7 +2,7 @@
 
 from .card import model_card
 from .encoders import BackboneEncoder, InstructionEncoder, SentenceEncoder
-from .instruction import InstructionCollator, instructions, set_instruction
+from .instruction import InstructionCollator, set_default_instruction, use_instructions
 from .tracing import RoutedCall, RoutingTrace, record_routing
 from .tuner.registration import QueryableLoraConfig, QueryableLoraModel, register
 from .version import __version__
@@ -17,10 +17,10 @@ __all__ = [
     "RoutingTrace",
     "SentenceEncoder",
     "__version__",
-    "instructions",
     "model_card",
     "record_routing",
-    "set_instruction",
+    "set_default_instruction",
+    "use_instructions",
 ]
 
 register()

@@ -124,10 +124,10 @@ class QueryableLoraConfig(LoraConfig):
     instruction_encoder_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of `instruction_encoder` on the Hub."}
     )
-    instruction: str | None = field(
+    default_instruction: str | None = field(
         default=None,
         metadata={
-            "help": "Text of the adapter's default instruction. `set_instruction` writes it, together with the "
+            "help": "Text of the adapter's default instruction. `set_default_instruction` writes it, together with the "
             "embedding among the weights: it is a record, not a setting."
         },
     )
@@ -162,10 +162,11 @@ class QueryableLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self._refuse_unsupported()  # before PEFT asks for what they need, or warns that it is missing
-        if self.instruction is not None and self.peft_queryable_version is None:  # no configuration that was saved
+        is_saved = self.peft_queryable_version is not None
+        if self.default_instruction is not None and not is_saved:
             raise ValueError(
-                "`instruction` is written by `set_instruction(model, text)`, which embeds the text too: make the "
-                "model without it, and call that."
+                "`default_instruction` is written by `set_default_instruction(model, text)`, which embeds the text "
+                "too: make the model without it, and call that."
             )
         super().__post_init__()
         self.peft_type = PeftType.QUERYABLE_LORA
@@ -214,12 +215,12 @@ class QueryableLoraConfig(LoraConfig):
                 raise ValueError(f"QueryableLoraConfig does not support `{name}` (got {value!r}): {reason}.")
 
     def _check_types(self) -> None:
-        for name in ("instruction_encoder", "instruction_encoder_revision", "instruction"):
+        for name in ("instruction_encoder", "instruction_encoder_revision", "default_instruction"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(
                     f"`{name}` must be a string or None, got {value!r}. An encoder of your own goes to "
-                    "`set_instruction`, `instructions` or `InstructionCollator`, and its width to `instruction_dim`."
+                    "`set_default_instruction`, `use_instructions` or `InstructionCollator`, and its width to `instruction_dim`."
                 )
 
     def _check_ranges(self) -> None:

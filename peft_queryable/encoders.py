@@ -49,7 +49,7 @@ class InstructionEncoder(ABC):
 
         Raises:
             TypeError: if `texts` is anything but a list of strings, at least one.
-            ValueError: if `encode` does not return one finite vector a text.
+            ValueError: if `encode` does not return one finite vector per text.
         """
         if isinstance(texts, str) or len(texts) == 0 or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"An instruction encoder takes a list of texts, at least one, got {texts!r}.")

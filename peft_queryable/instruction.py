@@ -15,7 +15,7 @@ from .tuner.model import QueryableLoraModel
 
 
 @contextmanager
-def instructions(
+def use_instructions(
     model: nn.Module,
     texts: str | Sequence[str | None] | Tensor | None,
     encoder: InstructionEncoder | None = None,
@@ -23,7 +23,7 @@ def instructions(
 ) -> Iterator[None]:
     """While the block lasts, calls of `model` and of its `generate` follow these instructions.
 
-    They win over the adapter's default (see [`set_instruction`]); `instruction_embeds` of a call win over them.
+    They win over the adapter's default (see [`set_default_instruction`]); `instruction_embeds` of a call win over them.
 
     Args:
         model: a `PeftModel` with Queryable LoRA.
@@ -43,7 +43,7 @@ def instructions(
         yield
 
 
-def set_instruction(
+def set_default_instruction(
     model: nn.Module,
     instruction: str | Tensor | None,
     encoder: InstructionEncoder | None = None,
@@ -61,7 +61,7 @@ def set_instruction(
         adapter_name: default: the active adapter.
 
     Raises:
-        ValueError: as [`instructions`] does; also if no adapter is named and several are active.
+        ValueError: as [`use_instructions`] does; also if no adapter is named and several are active.
     """
     tuner = _tuner(model)
     if adapter_name is None and len(tuner.active_adapters) != 1:
@@ -73,7 +73,7 @@ def set_instruction(
     with torch.no_grad():
         tuner.queryable_lora_router[name].default_instruction.weight.copy_(embeds)
     config = tuner.peft_config[name]
-    config.instruction = instruction if isinstance(instruction, str) else None
+    config.default_instruction = instruction if isinstance(instruction, str) else None
     if encoder is not None and isinstance(instruction, str):
         config.instruction_encoder, config.instruction_encoder_revision = encoder.name, encoder.revision
 

@@ -25,7 +25,7 @@ DEFAULTS = {
     "instruction_dim": None,
     "instruction_encoder": None,
     "instruction_encoder_revision": None,
-    "instruction": None,
+    "default_instruction": None,
     "instruction_strength": 1.0,
     "instruction_query_weight": 1.0,
     "query_terms": ("state", "depth", "instruction"),
@@ -188,13 +188,13 @@ EVERY_FIELD = {
     "instruction_dim": 5,
     "instruction_encoder": "all-MiniLM-L6-v2",
     "instruction_encoder_revision": "main",
-    "instruction": "Answer in one word.",
+    "default_instruction": "Answer in one word.",
     "instruction_strength": 0.75,
     "instruction_query_weight": 0.1,
     "query_terms": ["state", "instruction"],
     "init_gate": 0.3,
     "init_atom_scale": 0.2,
-    "peft_queryable_version": "9.9",  # as in a saved one: only `set_instruction` writes `instruction` into a new one
+    "peft_queryable_version": "9.9",  # as in a saved one: only `set_default_instruction` writes `instruction` into a new one
 }
 
 

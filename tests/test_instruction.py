@@ -24,8 +24,8 @@ from peft_queryable import (
     InstructionCollator,
     InstructionEncoder,
     QueryableLoraConfig,
-    instructions,
-    set_instruction,
+    set_default_instruction,
+    use_instructions,
 )
 from peft_queryable.method.router import Router
 
@@ -71,21 +71,21 @@ def test_order(model, encoder):
     )
     none = outputs(model, inputs)
     assert all(differ(a, b) for a, b in [(first, second), (second, third), (first, third), (first, none)])
-    with instructions(model, SECOND, encoder):
+    with use_instructions(model, SECOND, encoder):
         assert torch.equal(outputs(model, inputs), second)
     assert torch.equal(outputs(model, inputs), none)
-    set_instruction(model, FIRST, encoder)
+    set_default_instruction(model, FIRST, encoder)
     assert torch.equal(outputs(model, inputs), first)
-    with instructions(model, SECOND, encoder):
+    with use_instructions(model, SECOND, encoder):
         assert torch.equal(outputs(model, inputs), second)
         assert torch.equal(outputs(model, inputs | {"instruction_embeds": encoder([THIRD])}), third)
-        with instructions(model, encoder([THIRD])):
+        with use_instructions(model, encoder([THIRD])):
             assert torch.equal(outputs(model, inputs), third)
         assert torch.equal(outputs(model, inputs), second)
-        with instructions(model, None):
+        with use_instructions(model, None):
             assert torch.equal(outputs(model, inputs), none)
     assert torch.equal(outputs(model, inputs), first)
-    set_instruction(model, None)
+    set_default_instruction(model, None)
     assert torch.equal(outputs(model, inputs), none)
 
 
@@ -117,7 +117,7 @@ def test_no_strength_is_no_instruction(encoder):
 def test_a_block_ends_with_an_error(model, encoder):
     inputs = text()
     expected = outputs(model, inputs)
-    with pytest.raises(KeyboardInterrupt), instructions(model, FIRST, encoder):
+    with pytest.raises(KeyboardInterrupt), use_instructions(model, FIRST, encoder):
         raise KeyboardInterrupt
     assert torch.equal(outputs(model, inputs), expected)
 
@@ -126,10 +126,10 @@ def test_rows_follow_their_own_text(model, encoder):
     """Texts of a batch are those of its rows: as if each ran alone; None is no instruction."""
     inputs = text()
     names = [FIRST, None]
-    with instructions(model, names, encoder):
+    with use_instructions(model, names, encoder):
         together = outputs(model, inputs)
     for row, name in enumerate(names):
-        with instructions(model, name, encoder):
+        with use_instructions(model, name, encoder):
             alone = outputs(model, {key: value[row : row + 1] for key, value in inputs.items()})
         torch.testing.assert_close(together[row : row + 1], alone)
 
@@ -140,7 +140,7 @@ def test_a_base_model_called_directly(model, encoder):
     for door in (model.get_base_model(), model.get_base_model().model):
         with torch.no_grad():
             none = door(**inputs)[0]
-            with instructions(model, FIRST, encoder):
+            with use_instructions(model, FIRST, encoder):
                 assert differ(door(**inputs)[0], none)
 
 
@@ -154,7 +154,7 @@ def test_generation_in_a_block(model, encoder, settings):
     settings = settings | {"max_new_tokens": 5, "do_sample": False}
     expected = model.generate(input_ids=ids, instruction_embeds=encoder(names), **settings)
     assert not torch.equal(expected, model.generate(input_ids=ids, **settings))
-    with instructions(model, names, encoder):
+    with use_instructions(model, names, encoder):
         assert torch.equal(model.generate(input_ids=ids, **settings), expected)
     alone = [
         model.generate(input_ids=ids[row : row + 1], instruction_embeds=encoder([name]), **settings)
@@ -170,9 +170,9 @@ def test_pipeline(model, encoder):
     embeds = encoder([FIRST])
     plain, expected = pipe("w7 w8 w9", **kwargs), pipe("w7 w8 w9", instruction_embeds=embeds, **kwargs)
     assert plain != expected
-    with instructions(model, FIRST, encoder):
+    with use_instructions(model, FIRST, encoder):
         assert pipe("w7 w8 w9", **kwargs) == expected
-    set_instruction(model, FIRST, encoder)
+    set_default_instruction(model, FIRST, encoder)
     assert pipe("w7 w8 w9", **kwargs) == expected
 
 
@@ -184,17 +184,17 @@ def test_a_loaded_adapter_needs_no_encoder(model, tmp_path, monkeypatch, low_cpu
     """Text, encoder and revision are in the configuration, the embedding among the weights."""
     encoder = Random(name="someone/encoder")
     encoder.revision = "v2"
-    set_instruction(model, FIRST, encoder)
+    set_default_instruction(model, FIRST, encoder)
     inputs = text()
     expected = outputs(model, inputs)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    fields = ("instruction", "instruction_encoder", "instruction_encoder_revision")
+    fields = ("default_instruction", "instruction_encoder", "instruction_encoder_revision")
     assert [saved[name] for name in fields] == [FIRST, "someone/encoder", "v2"]
     monkeypatch.setattr("peft_queryable.tuner.model.load_encoder", None)
     loaded = PeftModel.from_pretrained(llama_like(model), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
     torch.testing.assert_close(outputs(loaded, inputs), expected)
-    assert loaded.peft_config["default"].instruction == FIRST
+    assert loaded.peft_config["default"].default_instruction == FIRST
 
 
 def llama_like(model: PeftModel):
@@ -204,7 +204,7 @@ def llama_like(model: PeftModel):
 
 def test_the_default_is_never_learned(model, encoder):
     """Training moves the router that reads the default, and not the default."""
-    set_instruction(model, FIRST, encoder)
+    set_default_instruction(model, FIRST, encoder)
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(**text(), labels=token_ids()).loss.backward()
@@ -220,9 +220,9 @@ def test_the_default_is_never_learned(model, encoder):
 
 
 def test_an_instruction_in_a_new_configuration_is_refused():
-    """The text alone has no embedding, so only `set_instruction` writes it."""
-    with pytest.raises(ValueError, match=r"`set_instruction\(model, text\)`"):
-        QueryableLoraConfig(instruction_dim=5, instruction="Add the numbers.")
+    """The text alone has no embedding, so only `set_default_instruction` writes it."""
+    with pytest.raises(ValueError, match=r"`set_default_instruction\(model, text\)`"):
+        QueryableLoraConfig(instruction_dim=5, default_instruction="Add the numbers.")
 
 
 # Encoders by their name in the configuration
@@ -241,7 +241,7 @@ def test_width_comes_from_the_encoder(monkeypatch, tmp_path):
     monkeypatch.setattr("peft_queryable.tuner.model.load_encoder", lambda *args: loads.append(args[:2]) or Counting(7))
     model = adapted(mlp(), target_modules=["first"], instruction_encoder="x/y", instruction_encoder_revision="main")
     assert model.peft_config["default"].instruction_dim == 7
-    with instructions(model, "abc"):
+    with use_instructions(model, "abc"):
         outputs(model, {"x": torch.randn(2, 8)})
     assert loads == [("x/y", "main")]
     model.save_pretrained(tmp_path)
@@ -258,7 +258,7 @@ def test_words_through_the_backbone(tmp_path):
     model = adapted(base, target_modules=["q_proj", "v_proj"], instruction_encoder="backbone")
     randomise(model)
     inputs = text()
-    with instructions(model, FIRST):
+    with use_instructions(model, FIRST):
         by_text = outputs(model, inputs)
     embeds = BackboneEncoder(base, tokenizer())([FIRST])
     assert torch.equal(by_text, outputs(model, inputs | {"instruction_embeds": embeds}))
@@ -281,23 +281,23 @@ def several(model, monkeypatch) -> PeftModel:
 def test_every_adapter_has_its_default(several):
     """A default belongs to one adapter, and comes along when it is set or named in a batch."""
     narrow, wide, inputs = Random(5), Random(7), text()
-    set_instruction(several, FIRST, narrow)
-    set_instruction(several, SECOND, wide, adapter_name="wide")
+    set_default_instruction(several, FIRST, narrow)
+    set_default_instruction(several, SECOND, wide, adapter_name="wide")
     several.base_model.set_adapter(["default", "wide"])
     both = outputs(several, inputs)
     for dim, name in ((5, FIRST), (7, SECOND)):
         with pytest.raises(ValueError, match="`instruction_embeds` must be a tensor of shape"):
             outputs(several, inputs | {"instruction_embeds": Random(dim)([name])})
-    set_instruction(several, None, adapter_name="wide")
+    set_default_instruction(several, None, adapter_name="wide")
     assert differ(outputs(several, inputs), both)
     with pytest.raises(ValueError, match=r"`adapter_name`: \['default', 'wide'\] are active"):
-        set_instruction(several, FIRST, narrow)
+        set_default_instruction(several, FIRST, narrow)
 
 
 def test_mixed_batches_follow_the_same_rules(several):
     """In a batch of several adapters, each row follows the block in its adapter's encoding, or its own default."""
     several.peft_config["default"].instruction_encoder = "5"
-    set_instruction(several, FIRST)
+    set_default_instruction(several, FIRST)
     inputs, names = text(), ["wide", "default"]
 
     def rows_alone() -> Tensor:
@@ -309,13 +309,13 @@ def test_mixed_batches_follow_the_same_rules(several):
 
     defaults = rows_alone()
     torch.testing.assert_close(outputs(several, inputs | {"adapter_names": names}), defaults)
-    with instructions(several, SECOND, adapter_names=names):
+    with use_instructions(several, SECOND, adapter_names=names):
         alone = rows_alone()
         torch.testing.assert_close(outputs(several, inputs | {"adapter_names": names}), alone)
     assert differ(alone[0], defaults[0]) and differ(alone[1], defaults[1])
     several.set_adapter("wide")
     with (
-        instructions(several, SECOND),
+        use_instructions(several, SECOND),
         pytest.raises(ValueError, match=r"entered for adapters \['wide'\], and 'default'"),
     ):
         outputs(several, inputs | {"adapter_names": names})
@@ -324,7 +324,7 @@ def test_mixed_batches_follow_the_same_rules(several):
 def test_an_adapter_without_instructions_in_a_mixed_batch(several):
     """A block for one adapter leaves another that takes no instruction alone."""
     inputs = text()
-    with instructions(several, FIRST, Random(5)):
+    with use_instructions(several, FIRST, Random(5)):
         default = outputs(several, inputs)
         mixed = outputs(several, inputs | {"adapter_names": ["default", "mute"]})
     several.set_adapter("mute")
@@ -338,21 +338,27 @@ def test_errors(several, encoder):
     """What cannot be followed is said when it is given, with the names of adapter and encoder."""
     wrong = Random(6, name="six")
     with pytest.raises(ValueError, match=r"encoded by Random 'six' must be .* \[1, 5\] for adapter 'default', got"):
-        set_instruction(several, FIRST, wrong)
+        set_default_instruction(several, FIRST, wrong)
     for given in (FIRST, encoder([FIRST]), None):
         with pytest.raises(ValueError, match=r"adapter 'mute' takes no instruction.*`instruction_dim=None`"):
-            set_instruction(several, given, encoder, adapter_name="mute")
+            set_default_instruction(several, given, encoder, adapter_name="mute")
     with pytest.raises(ValueError, match=r"'default' names no `instruction_encoder`.*`encoder=`"):
-        set_instruction(several, FIRST)
+        set_default_instruction(several, FIRST)
     with pytest.raises(ValueError, match=r"one embedding, \[1, d_c\], got 2"):
-        set_instruction(several, encoder([FIRST, SECOND]))
+        set_default_instruction(several, encoder([FIRST, SECOND]))
     with pytest.raises(ValueError, match=r"no adapter 'other', but \['default', 'mute', 'wide'\]"):
-        set_instruction(several, FIRST, encoder, adapter_name="other")
+        set_default_instruction(several, FIRST, encoder, adapter_name="other")
     with pytest.raises(TypeError, match=r"PeftModel with Queryable LoRA, got LlamaForCausalLM"):
-        set_instruction(several.get_base_model(), FIRST, encoder)
-    with instructions(several, [FIRST] * 3, encoder), pytest.raises(ValueError, match=r"3 instructions.*batch size 2"):
+        set_default_instruction(several.get_base_model(), FIRST, encoder)
+    with (
+        use_instructions(several, [FIRST] * 3, encoder),
+        pytest.raises(ValueError, match=r"3 instructions.*batch size 2"),
+    ):
         outputs(several, text())
-    with pytest.raises(ValueError, match=r"3 instructions.*batch size 2"), instructions(several, [FIRST] * 3, encoder):
+    with (
+        pytest.raises(ValueError, match=r"3 instructions.*batch size 2"),
+        use_instructions(several, [FIRST] * 3, encoder),
+    ):
         several.generate(input_ids=token_ids(), max_new_tokens=2)
 
 
