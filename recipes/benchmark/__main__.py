@@ -3,35 +3,36 @@
 # ///
 """Time and memory of Queryable LoRA against PEFT's LoRA and its relatives, measured in pairs in one process.
 
-# Everything that docs/speed.md shows of this machine, and the page itself
-python recipes/benchmark.py --write_docs
+# Everything that docs/speed.md shows, measured on this machine and written into the page
+python -m recipes.benchmark --write_docs
 
-# Compiled, on a GPU; methods that torch.compile does not take are slow to fail, so name the others
-python recipes/benchmark.py --device cuda --dtype bfloat16 --modes eager compile \
+# Compiled, on a GPU. Methods that torch.compile does not take are slow to fail, so name the others
+python -m recipes.benchmark --device cuda --dtype bfloat16 --modes eager compile \
     --methods base lora sequence prompt causal
 
 # Where the time goes: the operators of a step, beside plain LoRA's
-python recipes/benchmark.py --profile --models SmolLM2-135M --methods causal --works decode_1
+python -m recipes.benchmark --profile --models SmolLM2-135M --methods causal --works decode_1
 
-# A tiny model and few rounds, to see that it runs
-python recipes/benchmark.py --quick
+# A tiny model and few rounds, to see that it runs: a minute or two on two cores
+python -m recipes.benchmark --quick
 
-An interrupted run goes on where it stopped if it is started with the same arguments.
+The same command goes on where an interrupted run stopped.
 """
 
 import json
-import platform
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from benchmark_growth import growth_table
-from benchmark_plan import QUICK, Arguments, sections, setups
-from benchmark_plots import plot_growth, plot_ratios
-from benchmark_profile import write_profiles
-from benchmark_report import conditions, report, write_docs
 from tqdm import tqdm
 from transformers import HfArgumentParser
+
+from recipes.benchmark.conditions import conditions, read_results, settings
+from recipes.benchmark.growth import growth_table
+from recipes.benchmark.plan import QUICK, Arguments, sections, setups
+from recipes.benchmark.plots import plot_growth, plot_ratios
+from recipes.benchmark.profile import write_profiles
+from recipes.benchmark.tables import report
+from recipes.common.report import fill_place
 
 
 def main(args: Arguments) -> None:
@@ -61,26 +62,7 @@ def main(args: Arguments) -> None:
     print(*texts, sep="\n\n")
     if args.write_docs:
         for place, text, figure in zip(places, texts, figures, strict=True):
-            write_docs(text, figure, place)
-
-
-def settings(args: Arguments) -> dict:
-    """What the numbers depend on, by which an earlier run is recognised."""
-    chosen = {name: value for name, value in asdict(args).items() if name not in ("output_dir", "write_docs")}
-    machine = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
-    if args.device == "cuda":
-        machine = torch.cuda.get_device_name()
-    return chosen | {"machine": machine, "torch": str(torch.__version__)}
-
-
-def read_results(path: Path, settings: dict) -> dict:
-    """The results of an earlier run with these settings, or empty ones."""
-    if not path.exists():
-        return {"settings": settings, "sections": {}}
-    results = json.loads(path.read_text())
-    if results["settings"] != settings:
-        raise SystemExit(f"{path} was measured with other settings: remove it, or name another --output_dir.")
-    return results
+            fill_place("speed.md", f"recipes.benchmark {place}", text, {figure.name: figure})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""How our time and memory beside LoRA's grow with one size of the model or of the work at a time."""
+"""How our time and memory beside LoRA's change as one size of the model or of its work grows."""
 
-from benchmark_methods import SCOPES
-from benchmark_report import NAMES, markdown_table, quartiles
+from recipes.benchmark.methods import SCOPES
+from recipes.benchmark.tables import NAMES, quartiles
+from recipes.common.report import markdown_table
 
 GROWTH_KINDS = {"prefill": "time of prefill", "train": "time of a training step", "memory": "memory of training"}
 
 
 def swept_values(results: dict) -> dict[str, list[int]]:
-    """By size, the values that were measured."""
+    """The values that were measured of each size."""
     values: dict[str, list[int]] = {name: [] for name in results["settings"]["sweeps"]}
     for key in results["sections"]:
         if key.startswith("growth/") and key.endswith("/memory"):

@@ -1,14 +1,16 @@
-"""The memory that recipes/benchmark.py reports: peaks of one method's work in a process of its own."""
+"""Memory: the peak of one method's work, in a process of its own."""
 
 import multiprocessing
 import os
 import resource
 
 import torch
-from benchmark_methods import Setup, adapted, base_model
-from benchmark_work import WARM_UP, WORKS
 
-IMPORTS = (  # what takes long, and would otherwise count as memory of a model
+from recipes.benchmark.methods import adapted
+from recipes.benchmark.shapes import Setup, base_model
+from recipes.benchmark.work import WARM_UP, WORKS
+
+IMPORTS = (  # they take long, and would otherwise count as memory of a model
     "matplotlib.pyplot",
     "peft_queryable",
     "transformers.models.llama.modeling_llama",
@@ -19,9 +21,9 @@ IMPORTS = (  # what takes long, and would otherwise count as memory of a model
 def memory_in_new_process(setup: Setup, method: str, work: str) -> int:
     """What [`peak_memory`] finds in a process that has done nothing else.
 
-    It is forked from one that has imported the libraries and nothing more, so that it costs no time to start.
+    It is forked from one that has only imported the libraries, so that it starts at once.
     """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # else glibc keeps some freed tensors resident, and some not
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # else glibc keeps some of the freed tensors resident
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTS])
     with context.Pool(1) as pool:
@@ -31,7 +33,7 @@ def memory_in_new_process(setup: Setup, method: str, work: str) -> int:
 def peak_memory(setup: Setup, method: str, work: str) -> int:
     """Bytes that the model and its work add to this process, at their peak.
 
-    On CUDA they are those of torch's tensors, elsewhere the process's resident memory.
+    On CUDA the memory is that of torch's tensors, elsewhere the resident memory of the process.
     """
     torch.set_num_threads(setup.threads)
     before = resident_peak()

@@ -1,4 +1,4 @@
-"""What recipes/benchmark.py measures: its arguments, and the sections of its JSON that follow from them."""
+"""What is measured: the arguments, and the sections of the JSON that follow from them."""
 
 import os
 from collections.abc import Callable
@@ -6,9 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import torch
-from benchmark_memory import memory_in_new_process
-from benchmark_methods import METHODS, MODELS, SCOPES, Setup, adapted, base_model
-from benchmark_work import WORKS, can_do, flops, load_times, paired
+
+from recipes.benchmark.memory import memory_in_new_process
+from recipes.benchmark.methods import METHODS, SCOPES, adapted
+from recipes.benchmark.shapes import MODELS, Setup, base_model
+from recipes.benchmark.timing import flops, load_times, paired
+from recipes.benchmark.work import WORKS, can_do
 
 GROWTH_METHODS = ("lora", *SCOPES)
 GROWTH_LAYERS = 8  # enough for eight blocks
@@ -21,44 +24,45 @@ SWEEPS = {
     "num_blocks": (1, 2, 4, 8),
     "modules": (1, 2, 3, 4, 5, 6, 7),
 }
-
-
 QUICK = {"models": ["tiny"], "rounds": 2, "length": 16, "prompt": 8, "new_tokens": 3}
 
 
 @dataclass
 class Arguments:
-    output_dir: str = field(default="outputs/benchmark", metadata={"help": "Folder for the JSON, table and plots."})
+    output_dir: str = field(default="outputs/benchmark", metadata={"help": "Folder for the JSON, tables and figures."})
     models: list[str] = field(
         default_factory=lambda: ["SmolLM2-135M", "Qwen2.5-0.5B"],
-        metadata={"help": "Shapes to measure; weights are random.", "choices": list(MODELS)},
+        metadata={"help": "Shapes to measure, with random weights.", "choices": list(MODELS)},
     )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": "lora must be among them.", "choices": list(METHODS)}
     )
     works: list[str] = field(
         default_factory=lambda: list(WORKS),
-        metadata={"help": "What the models do; none for the sweeps alone.", "choices": [*WORKS, "none"]},
+        metadata={"help": "What the models do; `none` leaves the sweeps alone.", "choices": [*WORKS, "none"]},
     )
     modes: list[str] = field(
         default_factory=lambda: ["eager"],
-        metadata={"help": "Whether by torch.compile; memory and sweeps are eager.", "choices": ["eager", "compile"]},
+        metadata={
+            "help": "Without or with torch.compile; memory and sweeps are eager.",
+            "choices": ["eager", "compile"],
+        },
     )
     device: str = field(default="cpu", metadata={"help": "Device of the models.", "choices": ["cpu", "cuda"]})
-    dtype: str = field(default="float32", metadata={"help": "Of the base model."})
+    dtype: str = field(default="float32", metadata={"help": "Type of the base model's weights."})
     threads: int = field(default=os.cpu_count() or 1, metadata={"help": "Threads of torch."})
     rounds: int = field(default=15, metadata={"help": "Measurements of each method."})
-    length: int = field(default=256, metadata={"help": "Tokens of a row in prefill and training."})
+    length: int = field(default=256, metadata={"help": "Tokens per row in prefill and training."})
     batch: int = field(default=2, metadata={"help": "Rows in prefill and training."})
-    prompt: int = field(default=64, metadata={"help": "Tokens of a row before decoding."})
-    new_tokens: int = field(default=16, metadata={"help": "Tokens of a row that are decoded."})
+    prompt: int = field(default=64, metadata={"help": "Tokens per row before decoding."})
+    new_tokens: int = field(default=16, metadata={"help": "Tokens per row that are decoded."})
     sweeps: list[str] = field(
         default_factory=lambda: list(SWEEPS),
         metadata={"help": "Sizes to sweep, on the first of the models.", "choices": [*SWEEPS, "none"]},
     )
-    quick: bool = field(default=False, metadata={"help": "A tiny model, few rounds and two values a sweep."})
+    quick: bool = field(default=False, metadata={"help": "A tiny model, few rounds and two values per sweep."})
     profile: bool = field(default=False, metadata={"help": "Profile instead of measuring."})
-    write_docs: bool = field(default=False, metadata={"help": "Put the table and plots into docs/speed.md."})
+    write_docs: bool = field(default=False, metadata={"help": "Put the tables and figures into docs/speed.md."})
 
 
 def setups(args: Arguments) -> list[Setup]:
@@ -67,7 +71,7 @@ def setups(args: Arguments) -> list[Setup]:
 
 
 def sections(args: Arguments) -> dict[str, Callable[[], dict]]:
-    """By name, everything that is to be measured; each result goes into the JSON as it comes."""
+    """Everything that is to be measured, by name. Each result goes into the JSON as soon as it is there."""
     todo: dict[str, Callable[[], dict]] = {}
     for setup in setups(args) if args.works != ["none"] else []:
         for mode in args.modes:
@@ -89,7 +93,7 @@ def sections(args: Arguments) -> dict[str, Callable[[], dict]]:
 
 @lru_cache(maxsize=1)
 def models(setup: Setup, methods: tuple[str, ...]) -> dict:
-    """The base model under None, and one model for each method."""
+    """The base model under the key None, and one model per method."""
     base = base_model(setup)
     return {None: base} | {method: adapted(method, base, setup) for method in methods}
 
@@ -108,7 +112,7 @@ def times(setup: Setup, methods: tuple[str, ...], work: str, rounds: int, compil
 
 
 def memory(setup: Setup, methods: tuple[str, ...], work: str) -> dict:
-    """Bytes by method, and the errors of those that cannot run."""
+    """Bytes by method, and the errors of the methods that cannot run."""
     peaks: dict = {"bytes": {}, "failed": {}}
     for method in (method for method in methods if can_do(method, work)):
         try:

@@ -1,20 +1,15 @@
-"""Pictures of what recipes/benchmark.py measured."""
+"""Pictures of the ratios to LoRA, and of how they grow."""
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws without a display
-import matplotlib.pyplot as plt
-from benchmark_growth import GROWTH_KINDS, growth_ratio, swept_values
-from benchmark_methods import SCOPES
-from benchmark_report import NAMES, WORK_NAMES, quartiles
-
-plt.rcParams["svg.hashsalt"] = "peft_queryable"  # the same file for the same figure
+from recipes.benchmark.growth import GROWTH_KINDS, growth_ratio, swept_values
+from recipes.benchmark.methods import SCOPES
+from recipes.benchmark.tables import NAMES, WORK_NAMES, quartiles
+from recipes.common.figures import plt, save
 
 
 def plot_ratios(results: dict, model: str, folder: Path) -> Path:
-    """Ratios of a model to LoRA with their quartiles: a row for each mode, a column for each work."""
+    """Ratios to LoRA with their quartiles on one model: one row per mode, one column per work."""
     settings, sections = results["settings"], results["sections"]
     modes = settings["modes"]
     works, methods = settings["works"], [method for method in settings["methods"] if method != "lora"]
@@ -39,7 +34,7 @@ def plot_ratios(results: dict, model: str, folder: Path) -> Path:
         line[0].invert_yaxis()
     figure.supxlabel("time / LoRA's")
     compiled = "" if "eager" in modes else "-compile"
-    return saved(figure, folder / f"times-{settings['device']}-{model}{compiled}.svg")
+    return save(figure, folder / f"times-{settings['device']}-{model}{compiled}.svg")
 
 
 def plot_growth(results: dict, folder: Path) -> Path:
@@ -66,10 +61,4 @@ def plot_growth(results: dict, folder: Path) -> Path:
     for axes, title in zip(grid[0], GROWTH_KINDS.values(), strict=True):
         axes.set_title(title)
     grid[0][0].legend()
-    return saved(figure, folder / f"growth-{results['settings']['device']}.svg")
-
-
-def saved(figure, path: Path) -> Path:
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    return path
+    return save(figure, folder / f"growth-{results['settings']['device']}.svg")

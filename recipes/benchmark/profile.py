@@ -1,19 +1,21 @@
-"""Where the time of recipes/benchmark.py goes: operators of a step, those of ours beside plain LoRA's."""
+"""Where the time goes: the operators of a step, ours beside plain LoRA's."""
 
 from itertools import product
 from pathlib import Path
 
 import torch
-from benchmark_methods import INSTRUCTED, SCOPES, Setup, adapted, base_model
-from benchmark_report import markdown_table
-from benchmark_work import WARM_UP, WORKS
 from torch.profiler import ProfilerActivity, profile
+
+from recipes.benchmark.methods import INSTRUCTED, SCOPES, adapted
+from recipes.benchmark.shapes import Setup, base_model
+from recipes.benchmark.work import WARM_UP, WORKS
+from recipes.common.report import markdown_table
 
 ROWS = 15
 
 
 def write_profiles(setups: list[Setup], methods: list[str], works: list[str], modes: list[str], folder: Path) -> None:
-    """Print and save a table for each model, mode, work and method of ours."""
+    """Print and save one table per model, mode, work and method of ours."""
     for setup in setups:
         base = base_model(setup)
         for mode, work in product(modes, works):
@@ -26,7 +28,7 @@ def write_profiles(setups: list[Setup], methods: list[str], works: list[str], mo
 
 
 def operators(method: str, base, setup: Setup, work: str, compiled: bool) -> dict[str, tuple[int, float]]:
-    """Number of calls of each operator, and the milliseconds in it alone, on the device it runs on."""
+    """Number of calls of each operator, and the milliseconds in it alone, on the device that runs it."""
     torch.compiler.reset()
     run = WORKS[work](adapted(method, base, setup), method, setup, compiled)
     for _ in range(WARM_UP):

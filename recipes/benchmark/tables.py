@@ -1,14 +1,10 @@
-"""What recipes/benchmark.py shows at its end: tables, pictures, and the page that holds them."""
+"""The tables of a model: times beside LoRA's with their quartiles, sizes, operations and memory."""
 
-import re
 import statistics
-from dataclasses import asdict
-from pathlib import Path
 
-from benchmark_methods import INSTRUCTED, SCOPES
-from benchmark_plan import Arguments
+from recipes.benchmark.methods import INSTRUCTED, SCOPES
+from recipes.common.report import markdown_table
 
-DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
     "base": "base model",
     "lora": "LoRA",
@@ -31,13 +27,8 @@ TIME_TARGETS = {"sequence": 1.00, "prompt": 1.00, "causal": 1.03}
 MEMORY_TARGET, ARITHMETIC_TARGET, INSTRUCTION_TARGET = 1.02, 1.006, 1.01
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def quartiles(seconds: dict[str, list[float]], method: str, baseline: str) -> list[float]:
-    """Lower quartile, median and upper quartile of the per-round ratios of `method` to `baseline`."""
+    """Lower quartile, median and upper quartile, over the rounds, of the ratio of `method` to `baseline`."""
     ratios = [a / b for a, b in zip(seconds[method], seconds[baseline], strict=True)]
     return statistics.quantiles(ratios, n=4, method="inclusive")
 
@@ -59,7 +50,7 @@ def time_cell(times: dict, method: str, baseline: str, target: float | None) -> 
 
 
 def absolute(work: str, times: dict) -> str:
-    """What the ratios are to, for whoever wants to compare machines."""
+    """What LoRA takes by itself, for comparing machines."""
     if "lora" in times["failed"]:
         return FAILED
     seconds = statistics.median(times["seconds"]["lora"])
@@ -122,40 +113,9 @@ def ratio_cell(numbers: dict[str, float], method: str, target: float | None) -> 
     return judged(numbers[method] / numbers["lora"], target) if method in numbers else ""
 
 
-def command(settings: dict) -> str:
-    """The command of a run, by the arguments that differ from their defaults."""
-    defaults = asdict(Arguments())
-    chosen = {name: value for name, value in settings.items() if name in defaults and value != defaults[name]}
-    words = [f"--{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in chosen.items()]
-    return " ".join(["python recipes/benchmark.py", *words])
-
-
-def conditions(settings: dict) -> str:
-    """What the numbers of a run depend on."""
-    return (
-        f"```bash\n{command(settings)}\n```\n\n"
-        f"{settings['machine']}, threads: {settings['threads']}, {settings['dtype']}, torch {settings['torch']}; "
-        f"{settings['rounds']} rounds; {settings['batch']} rows of {settings['length']} tokens in prefill and "
-        f"training, {settings['new_tokens']} new tokens after {settings['prompt']} in decoding. Ratios are medians "
-        f'over the rounds, with quartiles. "{FAILED}": the method raises an error.'
-    )
-
-
 def report(results: dict, model: str) -> str:
     """The tables of one model, in Markdown."""
     settings, sections = results["settings"], results["sections"]
     methods, works = settings["methods"], settings["works"]
     parts = [time_tables(sections, model, mode, methods, works) for mode in settings["modes"]]
     return "\n\n".join([*parts, size_table(sections, model, methods, works)])
-
-
-def write_docs(text: str, figure: Path, place: str) -> None:
-    """Put tables and a picture in their place in docs/speed.md, and the picture beside it."""
-    (DOCS / figure.name).write_text(figure.read_text())
-    page = DOCS / "speed.md"
-    start, end = (f"<!-- {edge} of recipes/benchmark.py {place} -->" for edge in ("start", "end"))
-    pattern = f"(?<={re.escape(start)}\n).*(?={re.escape(end)})"
-    picture = f"![{figure.stem}]({figure.name})"
-    new, count = re.subn(pattern, lambda _: f"\n{text}\n\n{picture}\n\n", page.read_text(), flags=re.DOTALL)
-    assert count == 1, f"{page} has no place for {place}"
-    page.write_text(new)

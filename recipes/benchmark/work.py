@@ -1,27 +1,23 @@
-"""The work that recipes/benchmark.py times: what a model does, in turn with other models."""
+"""The work that is timed: prefill, decoding, and training steps."""
 
-import gc
-import random
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from benchmark_methods import INSTRUCTED, INSTRUCTION_DIM, Setup, sharing
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CompileConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-Run = Callable[[], float]  # does a piece of work, and says how many seconds it took
+from recipes.benchmark.methods import INSTRUCTED, INSTRUCTION_DIM
+from recipes.benchmark.shapes import Setup
+
+Run = Callable[[], float]  # does a piece of work, and returns the seconds it took
 WARM_UP = 2  # runs: the first allocates, makes the optimiser's state and compiles
 
 
 def inputs(method: str, setup: Setup, batch: int, length: int) -> dict[str, Tensor]:
-    """The same for every method, but for the instruction."""
+    """The same tokens for every method; the instructed ones get an instruction as well."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(setup.config.vocab_size, (batch, length), generator=generator)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -31,6 +27,8 @@ def inputs(method: str, setup: Setup, batch: int, length: int) -> dict[str, Tens
 
 
 def clocked(work: Callable[[], object], setup: Setup) -> Run:
+    """`work` with a clock around it, which waits for the GPU."""
+
     def run() -> float:
         wait(setup)
         start = time.perf_counter()
@@ -54,7 +52,7 @@ def prefill(model: nn.Module, method: str, setup: Setup, compiled: bool) -> Run:
 
 
 class Stamps(BaseStreamer):
-    """The times at which `generate` has a token ready, the prompt's being the first."""
+    """The times at which `generate` has tokens ready; the first is that of the prompt."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -67,7 +65,7 @@ class Stamps(BaseStreamer):
 
 
 def decode(model: nn.Module, method: str, setup: Setup, compiled: bool, batch: int) -> Run:
-    """Seconds between two tokens of `generate`, on average, after its first."""
+    """Mean seconds between two tokens of `generate`, counted from its first token."""
     given = inputs(method, setup, batch, setup.prompt)
     settings = GenerationConfig(max_new_tokens=setup.new_tokens, do_sample=False, pad_token_id=0)
     if compiled:
@@ -86,7 +84,7 @@ def decode(model: nn.Module, method: str, setup: Setup, compiled: bool, batch: i
 
 
 def train(model: nn.Module, method: str, setup: Setup, compiled: bool, checkpointing: bool = False) -> Run:
-    """A step of AdamW in the form that transformers' Trainer takes; half of each row is a prompt."""
+    """A step of AdamW as transformers' Trainer takes it; half of each row is a prompt."""
     given = inputs(method, setup, setup.batch, setup.length)
     labels = given["input_ids"].clone()
     labels[:, : setup.length // 2] = -100
@@ -114,53 +112,3 @@ WORKS: dict[str, Callable[..., Run]] = {
 
 def can_do(method: str, work: str) -> bool:
     return method != "base" or not work.startswith("train")
-
-
-def paired(runs: dict[str, Callable[[], Run]], rounds: int) -> dict:
-    """Seconds of each run in each round, every round in another order, and the errors of those that cannot run.
-
-    Args:
-        runs: by method, what makes the run.
-        rounds: number of rounds, after those that warm up.
-    """
-    ready, failed = {}, {}
-    for method, make in runs.items():
-        try:
-            run = make()
-            for _ in range(WARM_UP):
-                run()
-            ready[method] = run
-        except Exception as error:  # of any kind: what a method cannot do is a result
-            failed[method] = f"{type(error).__name__}: {error}"
-    seconds: dict[str, list[float]] = {method: [] for method in ready}
-    gc.collect()
-    gc.freeze()  # or collections would walk through the models of all methods, at the cost of whichever runs
-    order = random.Random(0)
-    for _ in range(rounds):
-        for method in order.sample(list(ready), len(ready)):
-            seconds[method].append(ready[method]())
-    gc.unfreeze()
-    return {"seconds": seconds, "failed": failed}
-
-
-def load_times(models: dict[str, nn.Module], base: nn.Module, setup: Setup, rounds: int) -> dict:
-    """Seconds in which saved adapters load onto a model, and the bytes of their weights."""
-    with TemporaryDirectory() as folder:
-        runs = {}
-        for method, model in models.items():
-            if method not in ("base", "xlora"):  # whose folder holds base weights, too
-                model.save_pretrained(f"{folder}/{method}")
-                runs[method] = partial(loading, base, f"{folder}/{method}", setup)
-        sizes = {m: sum(f.stat().st_size for f in Path(folder, m).rglob("*.safetensors")) for m in runs}
-        return paired(runs, rounds) | {"bytes": sizes}
-
-
-def loading(base: nn.Module, folder: str, setup: Setup) -> Run:
-    return lambda: clocked(partial(PeftModel.from_pretrained, sharing(base), folder), setup)()
-
-
-def flops(run: Run) -> int:
-    """Operations of matrix products and attention, by torch's counter."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()

@@ -1,14 +1,13 @@
-"""Command line of recipes/sft.py: TRL's arguments, the recipe's defaults, and `--queryable_*`."""
+"""Command lines of the recipes that train through TRL: its arguments, their defaults, and `--queryable_*`."""
 
 from dataclasses import asdict, dataclass, field
 
-from evaluate import HeldOutArguments
 from peft import LoraConfig
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import TrlParser
 
 from peft_queryable import QueryableLoraConfig
 
-# Where the recipe differs from TRL's defaults; --config and arguments override these.
+# Where the recipes differ from TRL's defaults; --config and arguments override these.
 DEFAULTS = {
     "output_dir": "outputs/sft",
     "learning_rate": 1e-3,  # best for plain LoRA: held-out loss .340 at 5e-4, .278 at 1e-3, .313 at 3e-3
@@ -22,19 +21,8 @@ DEFAULTS = {
     "gradient_checkpointing": False,  # the default model fits in memory, and recomputing costs a third more time
     "bf16": False,  # many CPUs have no fast bfloat16
     "save_strategy": "no",  # the adapter is saved once, at the end
-    "logging_steps": 5,  # 20 points a curve
+    "logging_steps": 5,  # 20 points per curve
 }
-
-
-@dataclass
-class SftArguments(ScriptArguments):
-    train_file: str | None = field(
-        default=None, metadata={"help": "JSON lines in TRL's prompt/completion or messages form; needs --test_file."}
-    )
-    methods: list[str] = field(
-        default_factory=lambda: ["lora", "queryable"],
-        metadata={"help": "Adapters to train and compare.", "choices": ["lora", "queryable"]},
-    )
 
 
 def like(name: str):
@@ -56,12 +44,8 @@ class QueryableArguments:
     queryable_init_atom_scale: float = like("init_atom_scale")
 
 
-def parse():
-    return parse_recipe((SftArguments, HeldOutArguments, SFTConfig, ModelConfig, QueryableArguments), DEFAULTS)
-
-
 def parse_recipe(groups, defaults):
-    """The command line as one object for each of `groups`, the fourth of which is a ModelConfig."""
+    """The command line as one object per group; the fourth group is ModelConfig."""
     parser = TrlParser(groups)
     parser.set_defaults_with_config(**defaults)
     arguments = parser.parse_args_and_config()
@@ -73,6 +57,7 @@ def parse_recipe(groups, defaults):
 
 
 def adapter_configs(model_args, queryable_args):
+    """The two configurations to compare, which differ in nothing but the method."""
     shared = {
         "r": model_args.lora_r,
         "lora_alpha": model_args.lora_alpha,

@@ -3,12 +3,12 @@
 # ///
 """Held-out loss and exact match of a causal language model, with or without an adapter.
 
-python recipes/evaluate.py \
+python -m recipes.common.evaluate \
     --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
     --adapter outputs/sft/queryable \
     --test_file outputs/sft/test.jsonl
 
-A queryable adapter loads as a plain LoRA does; the one difference is that peft_queryable is imported before.
+A queryable adapter loads as a plain LoRA does, once peft_queryable is imported.
 """
 
 import json
@@ -29,11 +29,11 @@ import peft_queryable  # noqa: F401  registers the method with PEFT
 
 @dataclass
 class ScoreArguments:
-    test_batch_size: int = field(default=20, metadata={"help": "Held-out examples in a batch."})
+    test_batch_size: int = field(default=20, metadata={"help": "Held-out examples per batch."})
     max_new_tokens: int = field(default=24, metadata={"help": "Length at which an answer is cut off."})
     answer_pattern: str | None = field(
         default=None,
-        metadata={"help": "Regular expression whose last match is the answer in a text; none: the whole text."},
+        metadata={"help": "Regular expression whose last match is the answer in a text; else the whole text."},
     )
 
 
@@ -46,7 +46,7 @@ class HeldOutArguments(ScoreArguments):
 
 @dataclass
 class EvaluationArguments(HeldOutArguments):
-    adapter: str | None = field(default=None, metadata={"help": "Adapter's folder or Hub id; none: the base model."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id; without it, the base model."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the numbers."})
 
 
@@ -60,7 +60,7 @@ def main(args, model_args):
 
 
 def score(model, tokenizer, examples, args) -> dict[str, float]:
-    """Loss of a completion token, and the share of greedy answers that are the completions."""
+    """Mean loss per completion token, and the share of examples whose greedy answer is the completion."""
     examples = sorted((encode(example, tokenizer) for example in examples), key=lambda e: len(e["input_ids"]))
     batches = [examples[i : i + args.test_batch_size] for i in range(0, len(examples), args.test_batch_size)]
     loss, tokens, correct = 0.0, 0, 0

