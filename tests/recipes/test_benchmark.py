@@ -1,21 +1,21 @@
-"""recipes/benchmark.py, run on a tiny model: its JSON, tables, pictures and page. No time is judged."""
+"""recipes/benchmark, run on a tiny model: its JSON, tables, pictures and page. No time is judged."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers.recipes import ROOT, cells, run
 
-ROOT = Path(__file__).parents[1]
+import recipes.benchmark.__main__ as recipe
+from recipes.benchmark.conditions import read_results
+from recipes.benchmark.methods import METHODS as ALL_METHODS
+from recipes.benchmark.methods import adapted
+from recipes.benchmark.plan import QUICK, Arguments, sections
+from recipes.benchmark.shapes import Setup, base_model
+from recipes.benchmark.timing import paired
+from recipes.benchmark.work import WARM_UP
+
 METHODS = ["lora", "causal", "causal+instruction"]
 WORKS = ["prefill", "decode_8", "train_checkpointed"]
-
-
-def run(output, *arguments):
-    command = [sys.executable, "benchmark.py", "--quick", "--threads", "1", "--output_dir", output, *arguments]
-    return subprocess.run([*map(str, command)], cwd=ROOT / "recipes", capture_output=True, text=True)
-
 
 CHOICE = ["--methods", *METHODS, "--works", *WORKS, "--sweeps", "length"]
 
@@ -23,14 +23,8 @@ CHOICE = ["--methods", *METHODS, "--works", *WORKS, "--sweeps", "length"]
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
     output = tmp_path_factory.mktemp("benchmark")
-    done = run(output, *CHOICE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return output, done.stdout, json.loads((output / "benchmark.json").read_text())["sections"]
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "recipes")
+    stdout = run("recipes.benchmark", "--quick", "--threads", 1, "--output_dir", output, *CHOICE)
+    return output, stdout, json.loads((output / "benchmark.json").read_text())["sections"]
 
 
 def test_every_section_is_measured(benchmark):
@@ -50,7 +44,8 @@ def test_the_tables_hold_the_figures(benchmark):
     output, stdout, sections = benchmark
     text = (output / "benchmark.md").read_text()
     assert text in stdout
-    assert f"```bash\npython recipes/benchmark.py --models tiny --methods {' '.join(METHODS)} " in text
+    text = cells(text)
+    assert f"```bash\npython -m recipes.benchmark --models tiny --methods {' '.join(METHODS)} " in text
     for work in WORKS:
         seconds = sections[f"tiny/eager/{work}"]["seconds"]
         for method, baseline in (("causal", "lora"), ("causal+instruction", "causal")):
@@ -72,37 +67,29 @@ def test_the_tables_hold_the_figures(benchmark):
         assert (output / f"{name}.svg").read_text().endswith("</svg>\n")
 
 
-def test_sweeps_alone(recipe):
-    from benchmark_plan import Arguments, sections
-
+def test_sweeps_alone():
     assert {name.split("/")[0] for name in sections(Arguments(works=["none"]))} == {"growth"}
 
 
-def test_a_run_goes_on_where_it_stopped(benchmark, recipe, capsys):
-    from benchmark import main
-    from benchmark_plan import QUICK, Arguments
-
-    output, stdout, sections = benchmark
+def test_a_run_goes_on_where_it_stopped(benchmark, capsys):
+    output, stdout, measured = benchmark
     results = json.loads((output / "benchmark.json").read_text())
     del results["sections"]["growth/length/128/prefill"]
     (output / "benchmark.json").write_text(json.dumps(results))
     chosen = {"methods": METHODS, "works": WORKS, "sweeps": ["length"], "threads": 1, "quick": True}
-    main(Arguments(output_dir=str(output), **chosen | QUICK))
+    recipe.main(Arguments(output_dir=str(output), **chosen | QUICK))
     again, before = (
         [line for line in text.splitlines() if not line.startswith("| length ")]  # made of what was missing
         for text in (capsys.readouterr().out, stdout)
     )
     assert again == before  # with the numbers that were there
-    assert json.loads((output / "benchmark.json").read_text())["sections"].keys() == sections.keys()
+    assert json.loads((output / "benchmark.json").read_text())["sections"].keys() == measured.keys()
 
 
-def test_a_profile_counts_operators(recipe, tmp_path, capsys):
-    """A run of ours beside LoRA's: one product more a module, and no scaling of its output."""
-    from benchmark import main
-    from benchmark_plan import QUICK, Arguments
-
+def test_a_profile_counts_operators(tmp_path, capsys):
+    """A run of ours beside LoRA's: one product more per module, and no scaling of its output."""
     chosen = {"methods": ["lora", "prompt"], "works": ["prefill"], "threads": 1, "profile": True}
-    main(Arguments(output_dir=str(tmp_path), **chosen | QUICK))
+    recipe.main(Arguments(output_dir=str(tmp_path), **chosen | QUICK))
     text = (tmp_path / "profile-tiny-eager-prefill-prompt.md").read_text()
     assert text in capsys.readouterr().out
     rows = {cells[1].strip(): cells[2:4] for line in text.splitlines() if len(cells := line.split("|")) > 4}
@@ -110,29 +97,23 @@ def test_a_profile_counts_operators(recipe, tmp_path, capsys):
     assert (ours, lora) == (7 * 4, 0)  # modules of four layers
 
 
-def test_a_run_with_other_settings_is_not_gone_on_with(recipe, tmp_path):
-    from benchmark import read_results
-
+def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path):
     (tmp_path / "benchmark.json").write_text(json.dumps({"settings": {"batch": 2}, "sections": {}}))
     with pytest.raises(SystemExit, match="was measured with other settings: remove it, or name another --output_dir"):
         read_results(tmp_path / "benchmark.json", {"batch": 1})
 
 
-def test_methods_share_the_base_models_tensors(recipe):
-    from benchmark_methods import METHODS, Setup, adapted, base_model
-
+def test_methods_share_the_base_models_tensors():
     setup = Setup("tiny")
     base = base_model(setup)
     owned = {parameter.data_ptr() for parameter in base.parameters()}
-    for method in METHODS:
+    for method in ALL_METHODS:
         model = adapted(method, base, setup)
         assert owned <= {parameter.data_ptr() for parameter in model.parameters()}
         assert all(parameter.any() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def test_each_round_runs_all_and_errors_are_kept(recipe):
-    from benchmark_work import WARM_UP, paired
-
+def test_each_round_runs_all_and_errors_are_kept():
     calls = []
 
     def make(name):
@@ -151,19 +132,9 @@ def test_each_round_runs_all_and_errors_are_kept(recipe):
     assert result["failed"] == {"c": "ValueError: not c"}
 
 
-def test_the_page_has_a_place_for_each_device_and_model(recipe, tmp_path, monkeypatch):
-    import benchmark_report
-
-    page = tmp_path / "speed.md"
-    page.write_text((ROOT / "docs/speed.md").read_text())
-    (tmp_path / "run").mkdir()
-    picture = tmp_path / "run" / "times-cuda.svg"
-    picture.write_text("<svg/>")
-    monkeypatch.setattr(benchmark_report, "DOCS", tmp_path)
-    for table in ("| a table |", "| another |"):
-        benchmark_report.write_docs(table, picture, "--device cuda --models SmolLM2-135M")
-    before, _, after = page.read_text().partition("| another |\n\n![times-cuda](times-cuda.svg)\n")
-    assert "## On CUDA" in before
-    assert "## Where the time goes" in after
-    assert "| a table |" not in before + after
-    assert (tmp_path / "times-cuda.svg").read_text() == "<svg/>"
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("measured", ["--models SmolLM2-135M", "--models Qwen2.5-0.5B", "--sweeps"])
+def test_the_page_has_a_place(device, measured):
+    page = (ROOT / "docs/speed.md").read_text()
+    for edge in ("start", "end"):
+        assert page.count(f"<!-- {edge} of recipes.benchmark --device {device} {measured} -->") == 1
