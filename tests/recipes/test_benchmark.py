@@ -13,10 +13,11 @@ from recipes.benchmark.plan import QUICK, Arguments, sections
 from recipes.benchmark.shapes import Setup, base_model
 from recipes.benchmark.timing import paired
 from recipes.benchmark.work import WARM_UP
+from recipes.common import report
 
 METHODS = ["lora", "causal", "causal+instruction"]
 WORKS = ["prefill", "decode_8", "train_checkpointed"]
-
+FIGURES = ["times-cpu-tiny", "growth-cpu"]
 CHOICE = ["--methods", *METHODS, "--works", *WORKS, "--sweeps", "length"]
 
 
@@ -63,7 +64,7 @@ def test_the_tables_hold_the_figures(benchmark):
     assert f"| {ratios} |" in next(
         line for line in text.splitlines() if "| length 64 → 128 | ours, `prompt` |" in line
     )
-    for name in ("times-cpu-tiny", "growth-cpu"):
+    for name in FIGURES:
         assert (output / f"{name}.svg").read_text().endswith("</svg>\n")
 
 
@@ -71,19 +72,27 @@ def test_sweeps_alone():
     assert {name.split("/")[0] for name in sections(Arguments(works=["none"]))} == {"growth"}
 
 
-def test_a_run_goes_on_where_it_stopped(benchmark, capsys):
+def test_a_run_goes_on_where_it_stopped_and_fills_the_page(benchmark, tmp_path, monkeypatch, capsys):
     output, stdout, measured = benchmark
     results = json.loads((output / "benchmark.json").read_text())
     del results["sections"]["growth/length/128/prefill"]
     (output / "benchmark.json").write_text(json.dumps(results))
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    places = [f"recipes.benchmark --device cpu {measured}" for measured in ("--models tiny", "--sweeps")]
+    page = "\n\n".join(f"<!-- {edge} of {place} -->" for place in places for edge in ("start", "end"))
+    (tmp_path / "speed.md").write_text(page)
     chosen = {"methods": METHODS, "works": WORKS, "sweeps": ["length"], "threads": 1, "quick": True}
-    recipe.main(Arguments(output_dir=str(output), **chosen | QUICK))
+    recipe.main(Arguments(output_dir=str(output), write_docs=True, **chosen | QUICK))
     again, before = (
         [line for line in text.splitlines() if not line.startswith("| length ")]  # made of what was missing
         for text in (capsys.readouterr().out, stdout)
     )
     assert again == before  # with the numbers that were there
     assert json.loads((output / "benchmark.json").read_text())["sections"].keys() == measured.keys()
+    page = (tmp_path / "speed.md").read_text()
+    for text, figure in zip((output / "benchmark.md").read_text().split("\n\n```bash"), FIGURES, strict=True):
+        assert f"{text.strip()}\n\n![{figure}]({figure}.svg)" in page
+        assert (tmp_path / f"{figure}.svg").read_text() == (output / f"{figure}.svg").read_text()
 
 
 def test_a_profile_counts_operators(tmp_path, capsys):
@@ -133,7 +142,9 @@ def test_each_round_runs_all_and_errors_are_kept():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("measured", ["--models SmolLM2-135M", "--models Qwen2.5-0.5B", "--sweeps"])
+@pytest.mark.parametrize(
+    "measured", ["--models SmolLM2-135M", "--models SmolLM2-135M --modes compile", "--models Qwen2.5-0.5B", "--sweeps"]
+)
 def test_the_page_has_a_place(device, measured):
     page = (ROOT / "docs/speed.md").read_text()
     for edge in ("start", "end"):
