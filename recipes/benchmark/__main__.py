@@ -13,7 +13,7 @@ python -m recipes.benchmark --device cuda --dtype bfloat16 --modes eager compile
 # Where the time goes: the operators of a step, beside plain LoRA's
 python -m recipes.benchmark --profile --models SmolLM2-135M --methods causal --works decode_1
 
-# A tiny model and few rounds, to see that it runs: a minute or two on two cores
+# A tiny model and few rounds, to see that it runs
 python -m recipes.benchmark --quick
 
 The same command goes on where an interrupted run stopped.

@@ -1,6 +1,5 @@
 """Small backbones for the tests of recipes/regression, and names to run them with."""
 
-
 from recipes.regression.backbones import MLP, Transformer
 
 ADAPTERS = ["lora", "dora", "lily", "vblora", "replora", "hyra", "doran", "queryable", "instruction"]
