@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)  ## LoRA and queryable LoRA on SmolLM2-135M: one table at the end
-	$(BIN)/python recipes/sft.py
+	$(BIN)/python -m recipes.sft
 
 test: $(INSTALLED)  ## the tests, without the slow ones, each file on one core
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -127,8 +127,8 @@ class QueryableLoraConfig(LoraConfig):
     default_instruction: str | None = field(
         default=None,
         metadata={
-            "help": "Text of the adapter's default instruction. `set_default_instruction` writes it, together with the "
-            "embedding among the weights: it is a record, not a setting."
+            "help": "Text of the adapter's default instruction: a record that `set_default_instruction` writes, "
+            "together with the embedding among the weights."
         },
     )
     instruction_strength: float = field(
@@ -219,8 +219,9 @@ class QueryableLoraConfig(LoraConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(
-                    f"`{name}` must be a string or None, got {value!r}. An encoder of your own goes to "
-                    "`set_default_instruction`, `use_instructions` or `InstructionCollator`, and its width to `instruction_dim`."
+                    f"`{name}` must be a string or None, got {value!r}. Pass an encoder of your own to "
+                    "`set_default_instruction`, `use_instructions` or `InstructionCollator`, and its width as "
+                    "`instruction_dim`."
                 )
 
     def _check_ranges(self) -> None:

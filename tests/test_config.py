@@ -194,7 +194,7 @@ EVERY_FIELD = {
     "query_terms": ["state", "instruction"],
     "init_gate": 0.3,
     "init_atom_scale": 0.2,
-    "peft_queryable_version": "9.9",  # as in a saved one: only `set_default_instruction` writes `instruction` into a new one
+    "peft_queryable_version": "9.9",  # as in a saved one: a new one takes no `default_instruction`
 }
 
 

@@ -107,10 +107,9 @@ def test_the_settings_of_a_page_are_the_recipes(hub, monkeypatch):
     """The recipe takes every line of the file that docs/trl.md shows for it."""
     (block,) = [b for b in blocks((ROOT / "docs/trl.md").read_text(), "yaml") if b["title"] == "recipe.yaml"]
     Path("recipe.yaml").write_text(block["code"])
-    monkeypatch.syspath_prepend(ROOT / "recipes")
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--config", "recipe.yaml", "--bf16", "false"])
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", "recipe.yaml", "--bf16", "false"])
     parsed = {}
-    for group in importlib.import_module("sft_arguments").parse():
+    for group in importlib.import_module("recipes.sft.__main__").parse():
         parsed |= vars(group)
     settings = yaml.safe_load(block["code"])
     assert {name: parsed[name] for name in settings} == settings

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.hub import Hub, running_hub
 from helpers.models import llama
-from hub import Hub, running_hub
+from helpers.recipes import ROOT, save_data, save_model, sft_arguments
 from huggingface_hub import ModelCard
-from test_recipes import arguments, data_files, model_folder  # noqa: F401  (fixtures)
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(hub: Hub, home: Path, *command) -> None:
@@ -25,19 +23,19 @@ def run(hub: Hub, home: Path, *command) -> None:
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    """What tests/hub_session.py saved, and the files of the two branches it pushed to."""
+    """What helpers/hub_session.py saved, and the files of the two branches it pushed to."""
     folder = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
     llama().save_pretrained(folder / "base")
     with running_hub() as hub:
         hub.upload("user/base", folder / "base")
-        run(hub, folder / "home", ROOT / "tests" / "hub_session.py", folder / "results")
+        run(hub, folder / "home", "-m", "helpers.hub_session", folder / "results")
         files = {branch: hub.find("user/adapter", branch) for branch in ("v1", "main")}
     return torch.load(folder / "results") | {"files": files}
 
@@ -78,12 +76,13 @@ def test_the_pushed_card_is_true(session):
 
 
 @pytest.mark.slow
-def test_the_recipe_pushes_our_card(model_folder, data_files, tmp_path):  # noqa: F811
-    """recipes/sft.py with `--push_to_hub` ends with our card on the Hub, after TRL's of each checkpoint."""
-    command_line = [*arguments(model_folder, data_files, tmp_path / "out"), "--methods", "queryable", "--max_steps", 2]
+def test_the_recipe_pushes_our_card(tmp_path):
+    """recipes.sft with `--push_to_hub` ends with our card on the Hub, after TRL's of each checkpoint."""
+    files = save_model(tmp_path / "model"), save_data(tmp_path / "data"), tmp_path / "out"
+    command_line = [*sft_arguments(*files), "--methods", "queryable", "--max_steps", 2]
     settings = ["--save_strategy", "steps", "--save_steps", 1, "--push_to_hub", "--hub_model_id", "user/tuned"]
     with running_hub() as hub:
-        run(hub, tmp_path / "home", ROOT / "recipes" / "sft.py", *command_line, *settings)
+        run(hub, tmp_path / "home", "-m", "recipes.sft", *command_line, *settings)
         card = hub.find("user/tuned", "main")["README.md"].decode()
     assert "# Queryable LoRA adapter" in card
     assert "library_name: peft" in card

@@ -30,8 +30,8 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], a
     """
     if any(key.endswith(f"{ROUTER}.{name}.weight") for key in found for name in _RENAMED):
         raise ValueError(
-            f"The checkpoint of adapter {adapter_name!r} has format 1, of before the first release: two of its tensors "
-            "have been renamed since. Convert its file once, without loss:\n"
+            f"The checkpoint of adapter {adapter_name!r} has format 1, of before the first release: two of its "
+            "tensors have been renamed since. Convert its file once, without loss:\n"
             f'python -c "{_CONVERSION}" ADAPTER/adapter_model.safetensors'
         )
     problems = [f"{key}: missing" for key in expected if key not in found]

@@ -1,12 +1,12 @@
-"""What recipes/regression/run.py can be asked."""
+"""The arguments of the recipe."""
 
 import os
 from dataclasses import dataclass, field
 
-from baselines import METHODS
-from functions import FUNCTIONS
-from settings import SETTINGS
-from variants import ABLATIONS, SWEEP
+from recipes.regression.baselines import METHODS
+from recipes.regression.functions import FUNCTIONS
+from recipes.regression.settings import SETTINGS
+from recipes.regression.variants import ABLATIONS, SWEEP
 
 GROUPS = {"paper": METHODS, "ablations": tuple(ABLATIONS), "sweep": tuple(SWEEP)}
 QUICK = {"functions": ["Ackley", "Sin-Cos"], "seeds": 1, "epochs": 2, "compiled": False, "processes": 1}
@@ -29,9 +29,9 @@ class Arguments:
     )
     seeds: int = field(default=5, metadata={"help": "Runs of each function, with seeds 0, 1, ..."})
     epochs: int | None = field(
-        default=None, metadata={"help": "Of adaptation, if not the paper's; results go to a file of their own."}
+        default=None, metadata={"help": "Of adaptation, if not the paper's; the results get a file of their own."}
     )
-    at_once: int = field(default=45, metadata={"help": "Runs that train as one stacked model; the memory's bound."})
+    at_once: int = field(default=45, metadata={"help": "Runs that train as one stacked model; memory limits them."})
     encoder: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the sentence-transformers model that reads descriptions."}
     )
@@ -40,6 +40,6 @@ class Arguments:
         default=os.cpu_count() or 1,
         metadata={"help": "Stacked models that train side by side, each on one thread."},
     )
-    compiled: bool = field(default=True, metadata={"help": "By torch.compile, which needs a C++ compiler on a CPU."})
-    quick: bool = field(default=False, metadata={"help": "Two functions, one seed, two epochs."})
+    compiled: bool = field(default=True, metadata={"help": "Use torch.compile, which needs a C++ compiler on a CPU."})
+    quick: bool = field(default=False, metadata={"help": "Two functions, one seed, two epochs: to see that it runs."})
     estimate: bool = field(default=False, metadata={"help": "Time a few steps of each method instead of training."})

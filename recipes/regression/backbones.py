@@ -44,7 +44,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Transformer that reads a point as two tokens, one a coordinate: wide and shallow, Sec. 4.1."""
+    """A Transformer that reads a point as two tokens, one per coordinate: wide and shallow, Sec. 4.1."""
 
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 

@@ -1,11 +1,13 @@
-"""Methods beside each other, run by run: a seed has the same backbone and the same examples for every method."""
+"""Methods compared run by run: for every method, a seed has the same backbone and the same examples."""
 
 import statistics
 from math import exp, isfinite, log
 
-from functions import FUNCTIONS
-from plots import NAMES
 from scipy.stats import ttest_1samp, wilcoxon
+
+from recipes.common.report import markdown_table
+from recipes.regression.functions import FUNCTIONS
+from recipes.regression.plots import NAMES
 
 OURS = ("queryable", "instruction")
 NOT_PEFT = ("soap",)
@@ -18,12 +20,8 @@ def errors(results: Results, method: str, function: str, kind: str) -> list[floa
     return [runs[seed][kind] for seed in sorted(runs)]
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
-
-
 def comparison(results: Results, method: str) -> str:
-    """`method` beside LoRA, paired by seed, function by function and in all."""
+    """`method` and LoRA, paired by seed: function by function, and over all."""
     rows, logs, best, no_worse, better = [], [], 0, 0, 0
     others = [other for other in results if other not in (*OURS, *NOT_PEFT)]
     for function in FUNCTIONS:
@@ -44,7 +42,7 @@ def comparison(results: Results, method: str) -> str:
         ratio, spread = f"{exp(statistics.mean(ratios)):.3g}", f" ± {margin:.2g}" if margin else ""
         rows.append([function, ratio, p, "yes" if is_best else "no", f"{mean:+.3g}{spread}", verdict])
     header = [f"{NAMES[method]} and LoRA", "train error, ratio", "p (paired t of logs)", "best in training error"]
-    table = markdown([*header, "test error, difference", "test"], rows)
+    table = markdown_table([*header, "test error, difference", "test"], rows)
     if not rows:
         return table
     return (
@@ -55,7 +53,7 @@ def comparison(results: Results, method: str) -> str:
 
 
 def standard_error(differences: list[float]) -> float:
-    """Of their mean; 0 where there is no spread: of a single run, and beside a diverged one, infinitely far away."""
+    """Standard error of the mean; 0 where it has none: for a single run, and where a run has diverged."""
     if len(differences) == 1 or not all(map(isfinite, differences)):
         return 0.0
     return statistics.stdev(differences) / len(differences) ** 0.5
@@ -72,7 +70,7 @@ def first_gradient(runs: list[dict]) -> str:
 
 
 def variant_table(results: Results) -> str:
-    """Methods and variants beside ours, paired by function and seed, and what their routes are like at the end."""
+    """Methods and variants beside ours, paired by function and seed, with statistics of their last routes."""
     rows = []
     for method, by_function in results.items():
         pairs = [
@@ -93,4 +91,4 @@ def variant_table(results: Results) -> str:
         rows.append([name, *(f"{exp(statistics.mean(logs)):.3g}" for logs in (train, test)), p, *state, *told])
     header = ["method", "train error / ours", "test error / ours", "p (Wilcoxon, train)", "stuck"]
     header.append(f"first layer's gradient norm, epoch {runs[0]['curve'][1][0]}")
-    return markdown([*header, "entropy of a route", "by example", "by block", "dead atoms"], rows)
+    return markdown_table([*header, "entropy of a route", "by example", "by block", "dead atoms"], rows)

@@ -1,15 +1,15 @@
-"""Each function's description as the instruction of its runs."""
+"""The description of each function, as the instruction of its runs."""
 
 import importlib.util
 from functools import cache
 from pathlib import Path
 
 import torch
-from baselines import INSTRUCTION_DIM
-from functions import FUNCTIONS
 from torch import Tensor
 
 from peft_queryable import SentenceEncoder
+from recipes.regression.baselines import INSTRUCTION_DIM
+from recipes.regression.functions import FUNCTIONS
 
 
 @cache

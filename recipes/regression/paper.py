@@ -3,7 +3,7 @@
 Tables 1 and 2 hold means over 5 runs; Tables 9 and 10 the best of what they were measured on.
 """
 
-from functions import FUNCTIONS
+from recipes.regression.functions import FUNCTIONS
 
 
 def _columns(methods: str, text: str) -> dict[str, dict[str, float]]:

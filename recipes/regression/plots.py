@@ -1,14 +1,10 @@
-"""Pictures of finished runs: learning curves, and gradient norms by layer as in the paper's Figs. 3 and 4."""
+"""Pictures of finished runs: learning curves, routes, and gradient norms by layer as in the paper's Figs. 3 and 4."""
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws without a display
-import matplotlib.pyplot as plt
 import numpy as np
 
-plt.rcParams["svg.hashsalt"] = "peft_queryable"  # the same file for the same figure
+from recipes.common.figures import plt, save
 
 NAMES = {
     "soap": "SOAP, all weights",
@@ -25,7 +21,7 @@ NAMES = {
 
 
 def plot_curves(results: dict, path: Path) -> None:
-    """Training error over epochs: a panel a function, a line a method, geometric means over the seeds."""
+    """Training error over epochs, as geometric means over the seeds: one panel per function, one line per method."""
     functions = list(dict.fromkeys(function for by_function in results.values() for function in by_function))
     figure, grid = plt.subplots(-(-len(functions) // 3), 3, figsize=(11, 9), squeeze=False, layout="constrained")
     for function, axes in zip(functions, grid.flat, strict=False):
@@ -41,11 +37,11 @@ def plot_curves(results: dict, path: Path) -> None:
     for axes in grid.flat[len(functions) :]:
         axes.axis("off")
     grid[0, 0].legend(fontsize=7)
-    saved(figure, path.with_name(f"{path.stem}-curves.svg"))
+    save(figure, path.with_name(f"{path.stem}-curves.svg"))
 
 
 def plot_gradients(results: dict, path: Path) -> None:
-    """Medians over runs of the layers' gradient norms at the end, and over epochs of the largest over the mean."""
+    """Medians over runs: gradient norms of the layers at the end, and over epochs the largest over the mean."""
     figure, (norms, concentration) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for method, by_function in results.items():
         runs = [run for by_seed in by_function.values() for run in by_seed.values()]
@@ -58,7 +54,7 @@ def plot_gradients(results: dict, path: Path) -> None:
     norms.set(yscale="log", xlabel="layer", ylabel="gradient norm after training")
     concentration.set(xlabel="epoch", ylabel="gradient concentration index")
     norms.legend(fontsize=7)
-    saved(figure, path.with_name(f"{path.stem}-gradients.svg"))
+    save(figure, path.with_name(f"{path.stem}-gradients.svg"))
 
 
 def plot_routes(results: dict, path: Path) -> None:
@@ -73,9 +69,4 @@ def plot_routes(results: dict, path: Path) -> None:
         axes.stackplot(epochs, means, labels=list(parts))
         axes.set(title=NAMES[method], xlabel="epoch", ylabel="entropy of the atoms' use, nats")
     panels[0, 0].legend(fontsize=7)
-    saved(figure, path.with_name(f"{path.stem}-routes.svg"))
-
-
-def saved(figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path.with_name(f"{path.stem}-routes.svg"))

@@ -1,6 +1,6 @@
-"""What the routes of a model tell of its router, in nats.
+"""What the routes of a model tell about its router, in nats.
 
-The atoms' use in all, H(mean route), is the sum of three parts (the chain rule of entropy): what a route leaves open,
+The entropy of the atoms' use, H(mean route), is the sum of three parts (its chain rule): what a route leaves open,
 what the example decides within a block, and what the block decides.
 """
 
@@ -14,10 +14,10 @@ def entropy(weights: Tensor) -> Tensor:
 
 
 def route_statistics(routes: Tensor) -> list[dict[str, float]]:
-    """Of each run of `routes` [R, B, n, M]: the three parts of the entropy, and the atoms that no route uses.
+    """The three parts of the entropy, and the atoms that no route uses, of each run of `routes` [R, B, n, M].
 
     Returns:
-        A dictionary a run: `entropy` of a route; `by_example` and `by_block`, what these two decide; `dead` atoms.
+        One dictionary per run: `entropy` of a route, `by_example` and `by_block`, and the number of `dead` atoms.
     """
     one, block, all_blocks = entropy(routes), entropy(routes.mean(2)), entropy(routes.mean((1, 2)))
     statistics = {

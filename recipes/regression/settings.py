@@ -1,17 +1,19 @@
-"""The settings of the paper's Sec. 4.1 and B.3, a cut of one that a CPU can do, and what a run is."""
+"""The settings of the paper's Sec. 4.1 and B.3, a short one that a CPU can do, and what a run is."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+RANK, ALPHA = 8, 16  # B.3; Sec. 4.1 states neither
+
 
 @dataclass(frozen=True)
 class Setting:
-    """What Sec. 4.1 and B.3 fix; a field that only one of them states is used for both.
+    """What Sec. 4.1 and B.3 fix. What only one of them states is used for both.
 
     Args:
         backbone: one of `BACKBONES`.
         target_train: target examples for adaptation.
-        target_test: target examples held out; Sec. 4.1 does not tell their number.
+        target_test: held-out target examples, whose number Sec. 4.1 does not tell.
         matmul_precision: torch's name for it; "medium" allows bfloat16 where a CPU has instructions for such products
             (AMX). The paper states none.
     """

@@ -1,7 +1,7 @@
-"""R models of one structure as one, and optimizers of their stacked tensors.
+"""R models of one structure as one model, and optimizers of their stacked tensors.
 
-Runs of one method have tensors of the same shapes, so they train as one stacked model, each on data, batches and
-gradients of its own.
+Runs of one method have tensors of the same shapes, so they train as one stacked model. Each has its own data, batches
+and gradients.
 """
 
 import re
@@ -24,12 +24,12 @@ class Data(NamedTuple):
     y: Tensor
 
     def rows(self, index: Tensor) -> "Data":
-        """Each run's examples of its row of `index` [R, m]."""
+        """The examples of each run that its row of `index` [R, m] names."""
         return Data(self.x.take_along_dim(index.unsqueeze(-1), 1), self.y.take_along_dim(index, 1))
 
 
 class Stacked:
-    """R models of one structure as one: [R, n, 2] -> [R, n]. Tensors of the models are copied, not changed."""
+    """R models of one structure as one: [R, n, 2] -> [R, n]. It works on copies of their tensors."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self.parameters, self.buffers = stack_module_state(models)  # [R, ...] each
@@ -48,7 +48,7 @@ class Stacked:
         return (self(data.x) - data.y).square().mean(1)
 
     def routes(self, x: Tensor) -> Tensor:
-        """Weights over the atoms, by run, block and example, [R, B, n, M], of models with adapters of ours."""
+        """Weights over the atoms by run, block and example, [R, B, n, M]; the adapters must be ours."""
 
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
             with record_routing(self.template) as trace:
@@ -58,7 +58,7 @@ class Stacked:
         return vmap(one)(self.parameters, self.buffers, x)
 
     def gradient_norms(self) -> Tensor:
-        """Norm of the gradient of each layer's own trainable tensors, [layers, R]; shared banks are no layer's."""
+        """Norm of the gradient of each layer's own trainable tensors, [layers, R]; a shared bank belongs to none."""
         squares: dict[int, Tensor] = {}
         for name, parameter in self.learned.items():
             if layer := re.search(r"\blayers\.(\d+)\.", name):
@@ -70,7 +70,7 @@ class Stacked:
 def adamw(
     learned: Mapping[str, Tensor], lr: float, lr_factors: Mapping[str, float], weight_decays: Mapping[str, float]
 ) -> Optimizer:
-    """AdamW, which works element by element: stacked runs train as they would alone.
+    """AdamW, which works element by element, so stacked runs train as they would alone.
 
     Args:
         learned: stacked tensors by name.
@@ -91,7 +91,7 @@ def adamw(
 
 
 class EachRun:
-    """An optimizer that takes stacked tensors [R, ...] for R tensors, as one that looks at whole matrices has to.
+    """An optimizer that treats stacked tensors [R, ...] as R tensors, which one that looks at whole matrices needs.
 
     Args:
         stacked: what to optimize, in place.

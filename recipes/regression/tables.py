@@ -1,14 +1,14 @@
 # /// script
 # dependencies = ["peft_queryable[recipes]"]
 # ///
-"""Tables and pictures of finished runs of recipes/regression/run.py, which calls it at its end.
+"""Tables and pictures of finished runs, which the recipe also makes at its end.
 
-python recipes/regression/tables.py outputs/regression/deep.jsonl
+python -m recipes.regression.tables outputs/regression/deep.jsonl
 
-# Into docs/regression.md, too
-python recipes/regression/tables.py outputs/regression/deep.jsonl --write_docs
+# Put them into docs/regression.md as well
+python -m recipes.regression.tables outputs/regression/deep.jsonl --write_docs
 
-Errors are means over the seeds, with their standard deviation; in brackets, the paper's.
+Errors are means over the seeds, with their standard deviation; the paper's are in brackets.
 """
 
 import json
@@ -17,25 +17,17 @@ import sys
 from math import isfinite
 from pathlib import Path
 
-from comparisons import (
-    NOT_PEFT,
-    OURS,
-    Results,
-    comparison,
-    errors,
-    markdown,
-    variant_table,
-)
-from functions import FUNCTIONS
-from paper import FIGURES
-from plots import NAMES, plot_curves, plot_gradients, plot_routes
-from settings import SETTINGS
-from variants import VARIANTS
-
-DOCS = Path(__file__).parents[2] / "docs"
+from recipes.common.report import fill_place, markdown_table
+from recipes.regression.comparisons import NOT_PEFT, OURS, Results, comparison, errors, variant_table
+from recipes.regression.functions import FUNCTIONS
+from recipes.regression.paper import FIGURES
+from recipes.regression.plots import NAMES, plot_curves, plot_gradients, plot_routes
+from recipes.regression.settings import SETTINGS
+from recipes.regression.variants import VARIANTS
 
 
 def read(path: Path) -> Results:
+    """The records in `path`, methods in the order of the tables."""
     results: Results = {}
     for line in path.read_text().splitlines():
         record = json.loads(line)
@@ -44,7 +36,7 @@ def read(path: Path) -> Results:
 
 
 def error_table(results: Results, setting: str, kind: str) -> str:
-    """Mean errors and standard deviations, the best adapter's in bold, and the paper's figures."""
+    """Mean errors with standard deviations and the paper's figures; the best adapter is in bold."""
     figures = FIGURES.get((setting, kind), {})
     rows = []
     for function in FUNCTIONS:
@@ -62,14 +54,14 @@ def error_table(results: Results, setting: str, kind: str) -> str:
             row.append(text + (f" [{figures[method][function]:g}]" if method in figures else ""))
         if means:
             rows.append(row)
-    return markdown([f"{kind} error", *map(NAMES.get, results)], rows)
+    return markdown_table([f"{kind} error", *map(NAMES.get, results)], rows)
 
 
 def report(path: Path) -> str:
-    """All tables of the runs in `path`, in Markdown, with pictures beside it."""
+    """All tables of the runs in `path`, in Markdown. Their pictures are saved beside it."""
     results, setting = read(path), path.stem.removesuffix("-quick")
     parts = []
-    if setting in SETTINGS:  # not a file of fewer epochs, which is of variants
+    if setting in SETTINGS:  # a file of fewer epochs is for variants
         papers = {method: results[method] for method in NAMES if method in results}
         parts += [error_table(papers, setting, kind) for kind in ("train", "test")]
         if "lora" in results:
@@ -83,18 +75,10 @@ def report(path: Path) -> str:
 
 
 def write_docs(text: str, path: Path) -> None:
-    """Put the tables of the runs in `path` into their place in docs/regression.md, and the pictures beside it."""
-    page, setting = DOCS / "regression.md", path.stem
-    pictures = []
-    for picture in (path.with_name(f"{setting}-{name}.svg") for name in ("curves", "gradients", "routes")):
-        if picture.exists():
-            (DOCS / f"regression-{picture.name}").write_text(picture.read_text())
-            pictures.append(f"![{picture.stem}](regression-{picture.name})")
-    start, end = (f"<!-- {edge} of recipes/regression/tables.py {setting} -->" for edge in ("start", "end"))
-    before, _, rest = page.read_text().partition(start)
-    _, found, after = rest.partition(end)
-    assert found, f"{page} has no place for {setting}"
-    page.write_text("\n\n".join([f"{before}{start}", text.strip(), *pictures, f"{end}{after}"]))
+    """Put the tables and pictures of the runs in `path` into their place in docs/regression.md."""
+    names = [f"{path.stem}-{kind}.svg" for kind in ("curves", "gradients", "routes")]
+    figures = {f"regression-{name}": path.with_name(name) for name in names if path.with_name(name).exists()}
+    fill_place("regression.md", f"recipes.regression {path.stem}", text, figures)
 
 
 def main(path: Path, *options: str) -> None:

@@ -1,4 +1,4 @@
-"""Ours with something changed: ablations, and a sweep over what the paper leaves open."""
+"""Our method with one thing changed: ablations, and a sweep over what the paper leaves open."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Tensors of an adapter by parts of their names. What is left are the factors A and B of each module.
+# Tensors of an adapter, by parts of their names. The others are the factors A and B of each module.
 GATES = ("queryable_lora_gate",)
 BANK = ("atoms", "keys")
 ROUTER = ("prior", "state_query", "depth_")
@@ -47,7 +47,7 @@ def rescale(part: str, factor: float, model: nn.Module) -> None:
 
 
 def fields(name: str, *values: Any) -> dict[str, Variant]:
-    """A variant for each value of a field of the configuration."""
+    """One variant per value of a field of the configuration."""
     return {f"{name}={value}": Variant({name: value}) for value in values}
 
 

@@ -1,4 +1,4 @@
-"""Processes that train side by side, and a bar of what they have done."""
+"""Processes that train side by side, with a bar that shows how far they are."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """Up to `processes` processes, each on one thread of a CPU: two of them gain more than two threads."""
+    """Up to `processes` processes, each on one CPU thread: two processes gain more than two threads."""
 
     def __init__(self, processes: int) -> None:
         context = get_context("spawn")  # what CUDA needs
@@ -31,10 +31,10 @@ class Workers:
         """What `tasks` return, as they end.
 
         Args:
-            tasks: called with a queue that takes an item for every epoch. One that fails does not stop the others:
-                its error is raised after them.
-            epochs: of each task.
-            description: of the bar.
+            tasks: called with a queue that takes one item per epoch. If one fails, the others go on, and its error is
+                raised after them.
+            epochs: number of epochs of each task.
+            description: text beside the bar.
         """
         finished, errors = self.manager.Queue(), []
         pending = {self.pool.submit(task, finished) for task in tasks}

@@ -6,7 +6,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -287,10 +286,9 @@ def test_qlora(folder, tmp_path, remedy, monkeypatch):
 
 
 @pytest.mark.slow
-def test_qlora_of_smollm2(tmp_path, monkeypatch):
+def test_qlora_of_smollm2(tmp_path):
     """SmolLM2-135M-Instruct in 4 bits learns in a few steps, and its adapter loads onto a new 4-bit base."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "recipes")
-    folder = importlib.import_module("smollm2").smollm2_folder()
+    folder = importlib.import_module("recipes.common.smollm2").smollm2_folder()
     texts = ["The capital of Queryland is Routington, and its river is the Keys."] * 2
     trainer = qlora_trainer(folder, tmp_path, 4, texts, learning_rate=2e-3)
     trainer.model.base_model.queryable_lora_router.float()

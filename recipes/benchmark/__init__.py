@@ -1,0 +1,1 @@
+"""Time, memory and size of Queryable LoRA beside PEFT's LoRA and its relatives."""

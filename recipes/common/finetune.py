@@ -1,0 +1,73 @@
+"""One fine-tuning run through TRL, and what it measured."""
+
+import copy
+import statistics
+import time
+from pathlib import Path
+
+from transformers import TrainerCallback
+from trl import SFTTrainer, get_quantization_config
+
+from peft_queryable import QueryableLoraConfig, model_card
+
+WARM_UP_STEPS = 3  # not timed: memory is still being allocated
+
+
+def make_trainer(folder, config, train_dataset, training_args, model_args) -> SFTTrainer:
+    """An SFTTrainer whose adapter, made from `config`, goes to `folder`."""
+    args = copy.deepcopy(training_args)
+    args.output_dir = str(folder)
+    args.run_name = folder.name if args.run_name is None else f"{args.run_name}-{folder.name}"
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=train_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=config,
+    )
+
+
+def finetune(trainer: SFTTrainer) -> dict:
+    """Train, save the adapter, and return the run's numbers."""
+    timer = StepTimer()
+    trainer.add_callback(timer)
+    trainer.train()
+    trainer.save_model()
+    if isinstance(trainer.model.active_peft_config, QueryableLoraConfig):
+        save_card(trainer)
+    if "wandb" in trainer.args.report_to:  # the Trainer leaves its run open, and the next run would go on in it
+        import wandb
+
+        wandb.finish()
+    return {
+        "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
+        "seconds_per_step": statistics.median(timer.seconds[WARM_UP_STEPS:] or timer.seconds),
+        "losses": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def save_card(trainer: SFTTrainer) -> None:
+    """Write our model card over TRL's, whose code would load the adapter without registering the method."""
+    card = model_card(trainer.args.output_dir)
+    card.save(Path(trainer.args.output_dir, "README.md"))
+    if trainer.args.push_to_hub:
+        card.push_to_hub(trainer.hub_model_id, token=trainer.args.hub_token)
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each training step."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        self.seconds.append(time.perf_counter() - self.start)

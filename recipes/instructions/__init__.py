@@ -1,0 +1,1 @@
+"""One adapter that is told in words which of four tasks to do."""

@@ -1,0 +1,84 @@
+"""recipes/instructions, run as its users run it, on a tiny random model."""
+
+import importlib.util
+import json
+import math
+import re
+
+import pytest
+import torch
+import yaml
+from helpers.recipes import ROOT, run
+
+import recipes.instructions.__main__ as recipe
+from recipes.instructions.data import instruction_data
+
+needs_reasoning_gym = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def instructed(model_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("instructed")
+    settings = ["--train_size", 320, "--test_size", 20, "--max_steps", 40, "--learning_rate", 3e-2]
+    names = ["--model_name_or_path", model_folder, "--output_dir", output, "--report_to", "none"]
+    stdout = run("recipes.instructions", *names, *settings, "--max_new_tokens", 3)
+    return output, stdout, json.loads((output / "results.json").read_text())["held_out"]
+
+
+@needs_reasoning_gym
+def test_the_instruction_alone_names_the_task(instructed):
+    """A model that was trained with instructions is worse with another task's, with none and with a random one."""
+    _, _, held_out = instructed
+    losses = {kind: sum(task["held_out_loss"] for task in results.values()) / 4 for kind, results in held_out.items()}
+    assert list(losses) == ["right", "none", "generic", "paraphrase", "shuffled", "adversarial", "random"]
+    assert losses["right"] + 0.2 < min(losses["none"], losses["shuffled"], losses["random"])
+
+
+@needs_reasoning_gym
+def test_routes_follow_the_instruction(instructed):
+    """Mean routes [blocks, atoms] of a task are those of the instruction it is given, whatever the numbers."""
+    output, stdout, held_out = instructed
+    routes = {kind: torch.tensor([task["routes"] for task in results.values()]) for kind, results in held_out.items()}
+    right, shuffled = routes["right"], routes["shuffled"]  # [tasks, blocks, atoms]
+    assert right.shape == (4, 4, 16)
+    torch.testing.assert_close(right.sum(-1), torch.ones(4, 4))
+    assert (right - shuffled).abs().max() > 0.05
+    torch.testing.assert_close(right.roll(-1, dims=0), shuffled, atol=0.05, rtol=0)
+    assert (output / "routes.svg").stat().st_size > 0
+    assert (output / "results.md").read_text() in stdout
+
+
+def test_a_config_file_sets_all_kinds_of_arguments(command_line):
+    file = ROOT / "recipes/instructions/gpu.yaml"
+    command_line("--config", file, "--bf16", "false")
+    settings = yaml.safe_load(file.read_text()) | {"bf16": False}
+    parsed = {}
+    for group in recipe.parse():
+        parsed |= vars(group)
+    assert {name: parsed[name] for name in settings} == settings
+
+
+@needs_reasoning_gym
+def test_no_question_names_its_task():
+    """Questions are two numbers each, so that tasks look alike; held-out ones are new."""
+    train, test = instruction_data(train_size=80, test_size=40)
+    seen = [{(row["task"], row["prompt"][1]["content"]) for row in split} for split in (train, test)]
+    assert all(re.fullmatch(r"\d\d, \d\d", question) for _, question in seen[0] | seen[1])
+    assert not seen[0] & seen[1]
+    assert len(seen[0]) == 80 and len(seen[1]) == 40
+
+
+@needs_reasoning_gym
+def test_answers_are_those_of_the_instruction():
+    train, _ = instruction_data(train_size=80, test_size=4)
+    answers = {
+        "sum": lambda a, b: f"{a + b}",
+        "difference": lambda a, b: f"{a - b}",
+        "divisor": lambda a, b: f"{math.gcd(a, b)}",
+        "order": lambda a, b: f"{max(a, b)}, {min(a, b)}",
+    }
+    for row in train:
+        numbers = map(int, row["prompt"][1]["content"].split(", "))
+        assert row["completion"][0]["content"] == answers[row["task"]](*numbers)
