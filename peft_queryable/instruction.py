@@ -23,7 +23,7 @@ def use_instructions(
 ) -> Iterator[None]:
     """While the block lasts, calls of `model` and of its `generate` follow these instructions.
 
-    They win over the adapter's default ([`set_default_instruction`]), and `instruction_embeds` of a call wins over them.
+    They win over the adapter's default ([`set_default_instruction`]); `instruction_embeds` of a call wins over them.
 
     Args:
         model: a `PeftModel` with Queryable LoRA.
