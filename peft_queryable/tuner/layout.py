@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..calls.current import Current
 from ..calls.model_call import ModelHooks
@@ -18,6 +18,7 @@ from ..calls.stack import Stack
 from ..method.router import Router
 from ..method.scope import SCOPES, Scope
 
+_MODALITIES_OF_TOWERS = {"image", "video", "audio"}  # transformers' words for what is no text
 _ATTENTION_PROJECTION = re.compile(r"(to_|w)?(q|k|v|query|key|value)(_?(proj|lin|layer))?")
 _CROSS_ATTENTION = re.compile(r"(^|\.)(enc_?dec_?attention|encoder_attn|cross_?att(ention|n)?)\.", re.IGNORECASE)
 _MEMORY_PROJECTION = re.compile(r"(to_|w)?(k|v|kv|key|value)(_?(proj|lin|layer))?|c_attn")
@@ -78,22 +79,35 @@ class Layout:
         return sum(blocks[-1] + 1 for blocks in self.blocks.values())
 
 
-def resolve_scope(name: str, owner: nn.Module, reads_memory: bool) -> Scope:
-    """The scope that the configuration's `routing_scope`, `name`, means in a stack."""
-    if reads_memory:  # memory is no sequence that a later token extends: all of it is there from the first
-        return SCOPES["sequence"]
-    return SCOPES[("causal" if is_decoder(owner) else "sequence") if name == "auto" else name]
+def resolve_scope(name: str, sees_all: bool) -> Scope:
+    """The scope that the configuration's `routing_scope`, `name`, means in a stack; `sees_all`: see [`sees_all`]."""
+    return SCOPES[("sequence" if sees_all else "causal") if name == "auto" else name]
 
 
-def is_decoder(owner: nn.Module) -> bool:
-    """Whether the layers of `owner` attend to earlier tokens only: what makes `auto` mean `causal`."""
-    flags = [module.is_causal for module in owner.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    if flags:
-        return any(flags)
-    if not isinstance(owner, PreTrainedModel) or owner.config.is_encoder_decoder:
-        return bool(getattr(owner, "is_decoder", False))
-    # Without attention that tells (Bloom, Mamba), a model type that generates text is a decoder.
-    return owner.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def sees_all(model: nn.Module, owner: str) -> bool:
+    """Whether it is known that no output of the stack of `owner` is used to predict or generate a later token.
+
+    So it is in encoders of encoder-decoders, in vision and audio towers, and in models that cannot generate and have
+    a masked language model among their classes. Everything else counts as causal: in an encoder that is merely another
+    pooling, while averaging over the whole sequence in a decoder would leak the answer.
+    """
+    path = [model]
+    for part in owner.split(".") if owner else ():
+        path.append(path[-1].get_submodule(part))
+    models: list[Any] = [module for module in path if isinstance(module, PreTrainedModel)]
+    # `is_causal=True` is evidence; `is_causal=False` is none, because decoders of several models say it.
+    if not models or any(getattr(module, "is_causal", False) is True for module in path[-1].modules()):
+        return False
+    for outer in models:
+        if outer.config.is_encoder_decoder and (encoder := outer.get_encoder()) is not outer and encoder in path:
+            return True
+    config, generates = models[-1].config, any(outer.can_generate() for outer in models)
+    if config.is_encoder_decoder or getattr(config, "is_decoder", False) or getattr(config, "causal", False):
+        return False
+    modalities = models[-1].input_modalities
+    if ({modalities} if isinstance(modalities, str) else {*modalities}) <= _MODALITIES_OF_TOWERS:
+        return not models[-1].can_generate()
+    return not generates and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def split_into_blocks(num_layers: int, num_blocks: int) -> list[int]:
@@ -175,7 +189,8 @@ class Stacks:
         for key, names_by_layer in layout.stacks.items():
             stack, blocks = self._stack(key), layout.blocks[key]
             num_blocks = blocks[-1] + 1
-            resolved = resolve_scope(scope, self.model.get_submodule(key.owner), key.reads_memory)
+            # Memory is no sequence that a later token extends: all of it is there from the first.
+            resolved = SCOPES["sequence"] if key.reads_memory else resolve_scope(scope, not stack.takes_labels)
             stack.plans[adapter_name] = Plan(adapter_name, router, resolved, first_block, num_blocks)
             groups = entry_groups([name for names in names_by_layer for name in names])
             for names, block in zip(names_by_layer, blocks, strict=True):
@@ -186,8 +201,7 @@ class Stacks:
     def _stack(self, key: StackKey) -> Stack:
         if key not in self.by_key:
             owner = self.model.get_submodule(key.owner)
-            is_causal = is_decoder(owner) and not key.reads_memory
-            takes_labels = is_causal or not isinstance(self.model, PreTrainedModel)
+            takes_labels = not key.reads_memory and not sees_all(self.model, key.owner)
             self.by_key[key] = Stack(str(key), owner, key.reads_memory, takes_labels, self.model_hooks, self.currents)
         return self.by_key[key]
 
