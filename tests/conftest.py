@@ -19,6 +19,8 @@ def pytest_configure(config):
     # What transformers 5.23 renamed is still the name that PEFT, TRL and older transformers use.
     message = r"`\w*gradient_checkpointing\w*` is deprecated"
     config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning")
+    # Most tests in scope `prompt` route a call without labels by all its tokens, and mean it.
+    config.addinivalue_line("filterwarnings", "ignore:.*has the routing scope 'prompt', but nothing:UserWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..method.route import Route, make_route
 from ..method.scope import Pool, Tokens
-from .cache import CachedRouting, find_cache, load, store
+from .cache import CachedRouting, check_cache, find_cache, load, store
 from .plan import Plan
 from .record import RoutedCall
 from .stack_call import StackCall
@@ -41,13 +41,17 @@ class AdapterCall:
         self.length = 0  # tokens per row
         self.real: Tensor | None = None
         instruction = stack_call.instruction(plan)
-        self.past = load(stack_call.cache, self.key, id(plan.router), self.rows)
+        self.is_static = not plan.router.reads_states  # routes that depend on no token need to know of none
+        self.past = CachedRouting(id(plan.router))
+        if not self.is_static:
+            check_cache(stack_call.arguments, plan.adapter_name)
+            self.past = load(stack_call.cache, self.key, id(plan.router), self.rows)
         self.gate_values = _gate_values(self.past)
         self.is_routed = bool(self.past.routes)  # born with routes
         self.routes: list[Route | None] = [self.past.routes.get(block) for block in range(plan.num_blocks)]
         self.entries: list[nn.Module | None] = [None] * plan.num_blocks
         if not self.is_routed:
-            tokens = stack_call.tokens()
+            tokens = Tokens() if self.is_static else stack_call.tokens(plan)
             if self.rows is not None:
                 tokens = tokens.of_rows(self.rows.index)
                 if instruction is not None and instruction.shape[0] > 1:
@@ -108,6 +112,9 @@ class AdapterCall:
     def make_route(self, block: int, entry_states: Tensor) -> tuple[Route, Tensor | None]:
         """The route of `block` and the mean of the block before it; changes nothing that a replay reads."""
         router = self.plan.router
+        if self.is_static:
+            weights = router(self.plan.first_block + block, entry_states.new_zeros(self.batch, 1, 1), [], self.shared)
+            return make_route(router.atoms, weights), None
         mean = self._block_mean(block - 1) if block > 0 and self.states[block - 1] else None
         state = self._pooled(f"entry.{block}", entry_states)
         means = [m for m in (*self.means[: max(block - 1, 0)], mean) if m is not None]
@@ -143,8 +150,8 @@ class AdapterCall:
 
     def store(self, cache: Cache) -> None:
         """Put on `cache` what routes of the tokens to come need."""
-        if self.length == 0:
-            return  # no adapted module ran
+        if self.length == 0 or self.is_static:
+            return  # no adapted module ran, or none of its tokens matters
         if self.is_routed:
             cached = self.past.extended(self.length, {}, cache.is_croppable)
         elif self.plan.scope.is_per_token:

@@ -19,6 +19,8 @@ from ..method.route import SequenceRoute
 from .rows import Rows
 
 _ATTRIBUTE = "queryable_lora"
+# Arguments that hold models' own caches: keys and values as tuples, Reformer's buckets, XLNet's mems, RWKV's state.
+_CACHE_ARGUMENTS = ("past_key_values", "past_buckets_states", "cache", "cache_params", "mems", "state")
 
 
 @dataclass
@@ -143,6 +145,24 @@ def find_cache(values: Any) -> Cache | None:
     """The cache among the inputs or outputs of a call, if there is one."""
     values = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
     return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def check_cache(arguments: Mapping[str, Any], adapter_name: str) -> None:
+    """Refuse a cache that cannot carry what routes need of its tokens: every step would start as if it held none.
+
+    Raises:
+        ValueError: for a cache that is no transformers `Cache`, such as that of continuous batching.
+    """
+    for name, value in arguments.items():
+        kind = type(value).__name__
+        is_cache = kind.endswith("Cache") or (name in _CACHE_ARGUMENTS and isinstance(value, (tuple, list, dict)))
+        if is_cache and not isinstance(value, Cache):
+            raise ValueError(
+                f"The call's `{name}` is a cache of type {kind}, which cannot carry what the routes of adapter "
+                f"{adapter_name!r} need of the tokens in it. Use a `transformers.DynamicCache`, as `generate` does in "
+                "most models, or `use_cache=False`. Continuous batching (`generate_batch`, TRL's "
+                "`use_transformers_continuous_batching`) is not supported."
+            )
 
 
 def cached_length(cache: Cache | None) -> int:

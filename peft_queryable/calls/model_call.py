@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .cache import cached_length, find_cache
 from .current import Current
 from .plan import Plan
 from .record import Recorder
@@ -161,9 +162,10 @@ class ModelHooks:
             instruction_embeds: [B, d_c] or [1, d_c], for all steps.
 
         Raises:
-            ValueError: for chunked prefill, unless every scope allows it.
+            ValueError: unless every scope has a route per token, for chunked prefill, classifier-free guidance and a
+                cache that is already filled.
         """
-        self._check_prefill(kwargs)
+        self._check_generation(kwargs)
         self._check_instruction(instruction_embeds)
         prompt_length = self._prompt_length(args, kwargs)
         with self.entered(prompt_length=prompt_length, instruction_embeds=instruction_embeds):
@@ -175,16 +177,32 @@ class ModelHooks:
         prompts = [value for value in (*leading, *map(kwargs.get, names)) if isinstance(value, Tensor)]
         return max((prompt.shape[1] for prompt in prompts), default=1)  # generate starts from one start token
 
-    def _check_prefill(self, kwargs: dict[str, Any]) -> None:
+    def _check_generation(self, kwargs: dict[str, Any]) -> None:
+        """Where one route serves a sequence, refuse what would show it another prompt than its own."""
+        plans = [plan for plan in self.active_plans() if plan.router.reads_states and not plan.scope.is_per_token]
+        scopes = sorted({plan.scope.name for plan in plans})
         config = kwargs.get("generation_config") or getattr(
             getattr(self.base_generate, "__self__", None), "generation_config", None
         )
-        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        scopes = sorted({plan.scope.name for plan in self.active_plans() if not plan.scope.is_per_token})
-        if chunk is not None and scopes:
+
+        def setting(name: str) -> Any:
+            return kwargs.get(name, getattr(config, name, None))
+
+        if scopes and setting("prefill_chunk_size") is not None:
             raise ValueError(
                 f"`prefill_chunk_size` cannot be used with routing scope {scopes}: the route of the first chunk "
                 "depends on the last. Use `routing_scope='causal'`, or prefill in one chunk."
+            )
+        if scopes and setting("guidance_scale") not in (None, 1):
+            raise ValueError(
+                f"`guidance_scale` cannot be used with routing scope {scopes}: classifier-free guidance runs a second "
+                "prompt beside the one that `generate` was called with. Use `routing_scope='causal'`."
+            )
+        if scopes and cached_length(find_cache(kwargs)) > 0:
+            raise ValueError(
+                f"`generate` cannot go on from a filled cache with routing scope {scopes}: routes stay as the cached "
+                "tokens made them, while the prompt is now longer. Start from an empty cache, or use "
+                "`routing_scope='causal'`."
             )
 
     def _check_instruction(self, embeds: Tensor | None) -> None:

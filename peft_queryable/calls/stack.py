@@ -96,6 +96,7 @@ class Stack:
             arguments=arguments,
             inputs=leading_tensor(arguments),
             takes_labels=self.takes_labels,
+            is_training=owner.training,
             is_checkpointing=owner.training and self._bind_checkpoints(),
         )
         call = RunningCall(stack_call, self.plans)

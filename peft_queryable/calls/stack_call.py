@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class StackCall:
         inputs: the one of them that tells rows and tokens: token ids [B, T], hidden states [B, T, d], or other inputs
             [B, ...].
         takes_labels: whether labels and prompts of the model call are about this stack's tokens.
+        is_training: whether the stack is in training mode.
         is_checkpointing: whether layers will run again in the backward pass.
     """
 
@@ -35,6 +37,7 @@ class StackCall:
     arguments: dict[str, Any]
     inputs: Tensor
     takes_labels: bool
+    is_training: bool
     is_checkpointing: bool
 
     @property
@@ -51,10 +54,15 @@ class StackCall:
         """The rows that an adapter serves, None for all."""
         return Rows.of(adapter_name, self.model_call.row_adapters(self.batch))
 
-    def tokens(self) -> Tokens:
-        """The tokens of the call."""
+    def tokens(self, plan: Plan) -> Tokens:
+        """The tokens of the call, as an adapter needs to know them.
+
+        Raises:
+            ValueError: if they cannot be known from the call's arguments, or if its scope needs a prompt and nothing
+                tells it in training.
+        """
         outer = self.model_call if self.takes_labels else ModelCall()
-        return read_tokens(
+        tokens = read_tokens(
             self.inputs,
             self.arguments,
             past=cached_length(self.cache),
@@ -62,6 +70,23 @@ class StackCall:
             prompt_mask=outer.prompt_mask,
             prompt_length=outer.prompt_length,
         )
+        if self.takes_labels and plan.scope.needs_prompt and tokens.prompt is None and not outer.is_generating:
+            self._miss_prompt(plan.adapter_name)
+        return tokens
+
+    def _miss_prompt(self, adapter_name: str) -> None:
+        """Nothing tells the prompt: in training the answer would route itself."""
+        message = (
+            f"Adapter {adapter_name!r} has the routing scope 'prompt', but nothing in the call tells the prompt: "
+            "neither `labels` nor `prompt_mask`"
+        )
+        if self.is_training:
+            raise ValueError(
+                f"{message}, so the answer would route itself. Put a `prompt_mask` [batch, tokens] in the batch of a "
+                "trainer that takes the labels out of it (`label_smoothing_factor`, `compute_loss_func`), or use "
+                "`routing_scope='causal'`."
+            )
+        warnings.warn(f"{message}. All its tokens count as the prompt.", stacklevel=2)
 
     def instruction(self, plan: Plan) -> Tensor | None:
         """The embeddings that an adapter follows, [B, d_c] or [1, d_c]; None for its default."""

@@ -138,6 +138,11 @@ class Router(nn.Module):
         """Whether the query looks at earlier blocks, so that their means have to be kept."""
         return self.depth_value is not None
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether routes depend on rank states at all, and so on the tokens of a call."""
+        return self.state_query is not None or self.uses_depth
+
     def prepare(self, instruction: Tensor | None = None) -> SharedTerms:
         """The terms that all blocks of a call share.
 

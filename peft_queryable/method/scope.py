@@ -45,10 +45,12 @@ class Scope(ABC):
         is_per_token: True: every token has a route of its own, made from the tokens up to it, so a cache keeps running
             sums and a prompt may come in chunks. False: one route serves a sequence and stays as the prefill made it,
             so a cache keeps the routes and a prompt has to come in one call.
+        needs_prompt: whether it has to be known which tokens are the prompt.
     """
 
     name: ClassVar[str]
     is_per_token: ClassVar[bool]
+    needs_prompt: ClassVar[bool] = False
 
     @abstractmethod
     def masks(self, tokens: Tokens) -> tuple[Tensor | None, ...]:
@@ -67,7 +69,7 @@ class Causal(Scope):
 class Prompt(Scope):
     """All positions see the real tokens of their sequence's prompt."""
 
-    name, is_per_token = "prompt", False
+    name, is_per_token, needs_prompt = "prompt", False, True
 
     def masks(self, tokens: Tokens) -> tuple[Tensor | None, ...]:
         return tokens.real, tokens.generation_prompt, tokens.prompt
