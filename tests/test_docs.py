@@ -130,7 +130,7 @@ class Sentences(ast.NodeVisitor):
         self.error = ""
 
     def add(self, pieces: list[ast.expr]) -> None:
-        words = [piece.value if isinstance(piece, ast.Constant) else None for piece in pieces]
+        words = [re.sub(r"\s", " ", piece.value) if isinstance(piece, ast.Constant) else None for piece in pieces]
         is_sentence = len(" ".join(word for word in words if word).split()) > 3
         if self.error or (is_sentence and not self.is_writer):
             self.patterns.add(self.error + "".join(".+?" if word is None else re.escape(word) for word in words))

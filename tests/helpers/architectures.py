@@ -306,9 +306,9 @@ def write_table(outcomes: dict[str, str]) -> None:
         "# Architectures",
         "",
         "Tiny random models of each architecture, checked by `python -m pytest tests/test_architectures.py "
-        "--write-table`, which wrote this page. An empty mark: the check does not apply.",
+        "--write-table`, which wrote this page. An empty cell means that the check does not apply.",
         "",
-        *(f"- {check}: {meaning};" for check, meaning in CHECKS.items()),
+        *(f"- {check}: {meaning}" for check, meaning in CHECKS.items()),
         "",
         f"| architecture | targets | {' | '.join(CHECKS)} | scope that `auto` takes, by stack | note |",
         f"|{' --- |' * (len(CHECKS) + 4)}",
@@ -320,9 +320,9 @@ def write_table(outcomes: dict[str, str]) -> None:
         lines.append(f"| {name} | {targets} | {' | '.join(marks)} | {scopes} | {architecture.note} |")
     lines += [
         "",
-        "Refused when the adapter is made, by the module's name: language-model heads, embeddings, convolutions, "
-        "`nn.MultiheadAttention`, experts that get loose tokens, and DeBERTa v2's query_proj and key_proj where they "
-        "also project relative positions.",
+        "These modules are refused by name when the adapter is made: language-model heads, embeddings, convolutions, "
+        "`nn.MultiheadAttention`, experts whose input does not tell which sequence a token belongs to, and DeBERTa "
+        "v2's query_proj and key_proj where they also project relative positions.",
         "",
     ]
     (Path(__file__).parents[2] / "docs" / "architectures.md").write_text("\n".join(lines))

@@ -23,8 +23,8 @@ SUPPORTED_FIELDS = {
     "target_modules": "as in LoRA, for `nn.Linear` and `Conv1D`",
     "exclude_modules": "as in LoRA",
     "lora_alpha": "as in LoRA",
-    "lora_dropout": "as in LoRA; it acts on the state, and so on the route",
-    "fan_in_fan_out": "has no effect: it is read off the module",
+    "lora_dropout": "as in LoRA; it acts on the rank states, and so on the routes",
+    "fan_in_fan_out": "has no effect: the adapted module decides it",
     "bias": "as in LoRA",
     "use_rslora": "as in LoRA",
     "modules_to_save": "as in LoRA",
@@ -33,7 +33,7 @@ SUPPORTED_FIELDS = {
     "layers_pattern": "as in LoRA",
     "alpha_pattern": "as in LoRA",
     "trainable_token_indices": "as in LoRA",
-    "eva_config": "with `rho=1.0` only: more gives modules different ranks",
+    "eva_config": "only with `rho=1.0`: a larger value gives modules different ranks",
     "lora_bias": "as in LoRA",
     "ensure_weight_tying": "as in LoRA",
     "qalora_group_size": "has no effect: it belongs to `use_qalora`",
@@ -43,24 +43,26 @@ SUPPORTED_FIELDS = {
 
 SUPPORTED_INITIALISATIONS = {
     "True": "A random, B zero",
-    "False": "A and B random: the model is not its base",
+    "False": "A and B random: a new adapter changes the model's outputs",
     "gaussian": "A normal, B zero",
-    "orthogonal": "B A zero, and neither of them; `r` must be even",
+    "orthogonal": "B A is zero although neither A nor B is; `r` must be even",
     "eva": "A from `initialize_lora_eva_weights`, B zero",
-    "olora": "B A is a part of the base weight, which is taken from it; see the limits",
-    "pissa": "the same, from an exact singular value decomposition",
+    "olora": "a part of the base weight is moved into B A; see below",
+    "pissa": "as `olora`, by an exact singular value decomposition",
 }
 
 LIMITS = """\
-Where B A does not start with B = 0 (`orthogonal`, `olora`, `pissa`) the atoms start at zero instead, whatever
-`init_atom_scale` says, so that the model starts as its base.
+With `orthogonal`, `olora` and `pissa`, B does not start at zero. The atoms do instead, whatever `init_atom_scale` is,
+so that a new adapter leaves the model's outputs as they are.
 
-`olora` and `pissa` change the base weights, and again in the same way when the adapter is loaded. So, as with PEFT's
-own LoRA, load onto the base model that the adapter was made for, in the same dtype; `disable_adapter` and `unload`
-give the base model less that part, which is no reference for DPO. Unlike PEFT's LoRA, such an adapter is refused
-beside any other, which would find its base weights changed, and with `low_cpu_mem_usage=True`, where nothing can be
-decomposed. After an attempt that was refused half-way, load the base model again.
-`path_initial_model_for_weight_conversion` is refused: no plain LoRA is equal to a routed update.
+`olora` and `pissa` change the base weights when the adapter is made, and again in the same way when it is loaded. As
+with PEFT's own LoRA, load the adapter onto the base model that it was made for, in the same dtype. `disable_adapter`
+and `unload` give the base model without the part that was moved, so it cannot serve as a reference for DPO.
+
+Unlike PEFT's LoRA, such an adapter is refused next to any other, because the other would find its base weights
+changed, and with `low_cpu_mem_usage=True`, because nothing can be decomposed then. After an attempt that was refused
+half-way, load the base model again. `path_initial_model_for_weight_conversion` is refused, because no plain LoRA is
+equal to a routed update.
 """
 
 
@@ -77,9 +79,9 @@ def page() -> str:
         [
             "# Fields of LoraConfig",
             "",
-            "`QueryableLoraConfig` has all fields of PEFT's `LoraConfig`. Those that leave a plain LoRA keep their "
-            "meaning;",
-            "the others raise a ValueError that says why. The tests check that this table is complete.",
+            "`QueryableLoraConfig` has all fields of PEFT's `LoraConfig`. Each works as in PEFT, has no effect, or is "
+            "refused with a",
+            "ValueError that says why. The tests check that this table is complete.",
             "",
             "| field | | |",
             "| --- | --- | --- |",
