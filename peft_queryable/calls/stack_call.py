@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -86,7 +87,8 @@ class StackCall:
                 "trainer that takes the labels out of it (`label_smoothing_factor`, `compute_loss_func`), or use "
                 "`routing_scope='causal'`."
             )
-        warnings.warn(f"{message}. All its tokens count as the prompt.", stacklevel=2)
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"{message}. All its tokens count as the prompt.", stacklevel=2)
 
     def instruction(self, plan: Plan) -> Tensor | None:
         """The embeddings that an adapter follows, [B, d_c] or [1, d_c]; None for its default."""

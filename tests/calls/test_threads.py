@@ -107,6 +107,7 @@ def test_recording():
         assert list(pool.map(work, range(2, 2 + THREADS))) == [{length} for length in range(2, 2 + THREADS)]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("compiles", ["model", "layers"])
 def test_compiled(compiles):
     """Compiled as a whole or layer by layer, threads agree as well."""

@@ -278,14 +278,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         image_and_text,
         {
             "model.vision_tower.encoder": "sequence",
-            "model.multi_modal_projector": "sequence",
+            "model.multi_modal_projector": "causal",
             "model.language_model": "causal",
         },
         generates=True,
         note="vision tower, projector and language model",
     ),
     "plain MLP": Architecture(
-        MLP, lambda: {"x": torch.randn(5, 8)}, {"": "sequence"}, targets=["first", "second", "third"]
+        MLP, lambda: {"x": torch.randn(5, 8)}, {"": "causal"}, targets=["first", "second", "third"]
     ),
 }
 

@@ -68,7 +68,7 @@ def test_targets_share_a_trunk():
 
 def test_a_variant_differs_in_what_it_says():
     ours, static = attach("queryable", deep()), attach("prior_only", deep())
-    assert {name.split(".")[-2] for name in trainable(static)} == {"default", "atoms", "keys", "prior"}
+    assert {name.split(".")[-2] for name in trainable(static)} == {"default", "atoms", "keys", "block_prior"}
     assert len(trainable(static)) < len(trainable(ours))
     assert attach("router_dim=4", deep()).peft_config["default"].router_dim == 4
 

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from peft_queryable.tuner.layout import StackKey, entry_groups, find_stacks, is_decoder, split_into_blocks
+from peft_queryable.tuner.layout import StackKey, entry_groups, find_stacks, sees_all, split_into_blocks
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -247,33 +247,33 @@ def test_entry_group_reads_one_input():
     assert attention.q_proj.places["default"].entry_group == [attention.q_proj]
 
 
-# Decoders
+# What `auto` means
 
 
 @pytest.mark.parametrize(
     ("build", "owner", "expected"),
     [
-        (llama, "model", True),
-        (gpt2, "transformer", True),
-        (opt, "model.decoder", True),
-        (bloom, "transformer", True),
-        (mamba, "backbone", True),
-        (bert_decoder, "bert.encoder", True),
-        (t5, "decoder", True),
-        (bart, "model.decoder", True),
-        (t5, "encoder", False),
-        (bart, "model.encoder", False),
-        (bert, "bert.encoder", False),
-        (vit, "vit", False),
-        (clip, "vision_model.encoder", False),
+        (llama, "model", False),
+        (gpt2, "transformer", False),
+        (opt, "model.decoder", False),
+        (bloom, "transformer", False),
+        (mamba, "backbone", False),
+        (bert_decoder, "bert.encoder", False),
+        (t5, "decoder", False),
+        (bart, "model.decoder", False),
+        (t5, "encoder", True),
+        (bart, "model.encoder", True),
+        (bert, "bert.encoder", True),
+        (vit, "vit", True),
+        (clip, "vision_model.encoder", True),
         (mlp, "", False),
         (sequential, "", False),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )
-def test_is_decoder(build, owner, expected):
-    """What attends to earlier tokens only is a decoder, and nothing else."""
-    assert is_decoder(build().get_submodule(owner)) is expected
+def test_sees_all(build, owner, expected):
+    """Encoders of encoder-decoders, towers and encoders that cannot generate see all their tokens; nothing else does."""
+    assert sees_all(build(), owner) is expected
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, opt, bloom, mamba], ids=lambda build: build.__name__)
