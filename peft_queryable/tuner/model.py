@@ -234,7 +234,8 @@ class QueryableLoraModel(BaseTuner):
         super().delete_adapter(adapter_name)
         del self.queryable_lora_router[adapter_name]
         self.stacks.forget(adapter_name)
-        if was_active:  # PEFT lets each layer choose an adapter in its place, and layers may have different ones
+        if was_active and self.peft_config:
+            # PEFT lets each layer choose an adapter in its place, and layers may have different ones.
             self.set_adapter(sorted(others or self.peft_config)[: len(others) or 1])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
