@@ -178,6 +178,10 @@ class QueryableLoraConfig(LoraConfig):
         self._check_types()
         self._check_ranges()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `adapter_config.json` holds them: `query_terms` is a list."""
+        return {**super().to_dict(), "query_terms": list(self.query_terms)}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and make the model card true that a `PeftModel` has just left in `save_directory`."""
         super().save_pretrained(save_directory, **kwargs)
