@@ -77,6 +77,11 @@ class Layout:
         """Number of blocks in all stacks together."""
         return sum(blocks[-1] + 1 for blocks in self.blocks.values())
 
+    @property
+    def longest_stack(self) -> int:
+        """Number of blocks in the stack that has most."""
+        return max(blocks[-1] + 1 for blocks in self.blocks.values())
+
 
 def resolve_scope(name: str, owner: nn.Module, reads_memory: bool) -> Scope:
     """The scope that the configuration's `routing_scope`, `name`, means in a stack."""
