@@ -94,8 +94,8 @@ class QueryableLoraConfig(LoraConfig):
         default="auto",
         metadata={
             "help": "Tokens averaged into the state that routes token t (Eq. 15): 'causal', those up to t; 'prompt', "
-            "those before the first supervised token; 'sequence', all of them; 'auto', 'causal' in a decoder stack "
-            "and 'sequence' elsewhere. Padding never counts."
+            "those before the first supervised token; 'sequence', all of them; 'auto', 'causal' unless it is known "
+            "that nothing predicts a later token, as in encoders and vision towers. Padding never counts."
         },
     )
     attention_temperature: float = field(
@@ -141,7 +141,7 @@ class QueryableLoraConfig(LoraConfig):
         default=QUERY_TERMS,
         metadata={
             "help": "Terms of the block query beside the block's prior (Eqs. 2, 29): any of 'state', 'depth' and "
-            "'instruction'; a term left out has no parameters."
+            "'instruction'; a term left out has no parameters, nor has 'depth' where each stack is one block."
         },
     )
     init_gate: float = field(
@@ -178,13 +178,22 @@ class QueryableLoraConfig(LoraConfig):
         self._check_types()
         self._check_ranges()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `adapter_config.json` holds them: `query_terms` is a list."""
+        return {**super().to_dict(), "query_terms": list(self.query_terms)}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and make the model card true that a `PeftModel` has just left in `save_directory`."""
         super().save_pretrained(save_directory, **kwargs)
         update_card(Path(save_directory))
 
-    def router_settings(self, num_blocks: int) -> RouterSettings:
-        """The settings of the adapter's router, in a model with `num_blocks` blocks in all stacks together."""
+    def router_settings(self, num_blocks: int, longest_stack: int) -> RouterSettings:
+        """The settings of the adapter's router.
+
+        Args:
+            num_blocks: number of blocks in all stacks of the model together.
+            longest_stack: number of blocks in the stack that has most.
+        """
         # With these, B A is not zero at the start, and the model equals its base only while S = 0.
         starts_at_zero = self.init_lora_weights in ("orthogonal", *MOVING_INITIALISATIONS)
         return RouterSettings(
@@ -192,6 +201,7 @@ class QueryableLoraConfig(LoraConfig):
             num_atoms=self.num_atoms,
             top_k=self.top_k,
             num_blocks=num_blocks,
+            longest_stack=longest_stack,
             dim=self.router_dim,
             instruction_dim=self.instruction_dim,
             attention_temperature=self.attention_temperature,

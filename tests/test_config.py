@@ -222,6 +222,16 @@ def test_json_is_plain(tmp_path):
         assert isinstance(saved[field.name], (int, float, str, list, type(None)))
 
 
+@pytest.mark.parametrize("fields", [{}, EVERY_FIELD | {"target_modules": None}], ids=["defaults", "every field"])
+def test_dictionary_is_what_the_file_holds(tmp_path, fields):
+    """`to_dict` and the file agree, types included, as other configurations of PEFT do, and both make an equal one."""
+    config = QueryableLoraConfig(**fields)
+    config.save_pretrained(tmp_path)
+    read = QueryableLoraConfig.from_json_file(tmp_path / "adapter_config.json")
+    assert read == config.to_dict()
+    assert QueryableLoraConfig(**read) == QueryableLoraConfig.from_peft_type(**config.to_dict()) == config
+
+
 def test_damaged_json_is_refused(tmp_path):
     """What is refused in Python is refused in a file, too."""
     QueryableLoraConfig().save_pretrained(tmp_path)

@@ -99,6 +99,7 @@ class Stack:
             is_training=owner.training,
             is_checkpointing=owner.training and self._bind_checkpoints(),
         )
+        stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
         call = RunningCall(stack_call, self.plans)
         self.current.open(call)
         for plan in self.model_hooks.active_plans():

@@ -53,6 +53,7 @@ class RouterSettings:
         instruction_query_weight: lambda.
         query_terms: which of "state", "depth" and "instruction" the query has beside the block prior.
         atom_scale: initial standard deviation of the atoms' entries, times sqrt(r).
+        longest_stack: largest number of blocks in one stack; None if all `num_blocks` are in one.
     """
 
     rank: int
@@ -68,6 +69,7 @@ class RouterSettings:
     instruction_query_weight: float = 1.0
     query_terms: tuple[str, ...] = ("state", "depth", "instruction")
     atom_scale: float = 1.0
+    longest_stack: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,12 @@ class Router(nn.Module):
         self.keys = Weight(settings.num_atoms, dim)  # k
         self.block_prior = Weight(settings.num_blocks, dim)  # w
         self.state_query = nn.Linear(rank, dim, bias=False) if "state" in terms else None  # Q_cur
-        self.depth_value = nn.Linear(rank, dim, bias=False) if "depth" in terms else None  # Q_dep
-        self.depth_query = nn.Linear(dim, dim, bias=False) if "depth" in terms else None  # Q_dep,q
-        self.depth_key = nn.Linear(rank, dim, bias=False) if "depth" in terms else None  # Q_dep,k
+        # A stack's first block has no earlier one to read, and its second has no choice among them: what only later
+        # blocks learn from is made for later blocks only.
+        blocks = (settings.longest_stack or settings.num_blocks) if "depth" in terms else 0
+        self.depth_value = nn.Linear(rank, dim, bias=False) if blocks > 1 else None  # Q_dep
+        self.depth_query = nn.Linear(dim, dim, bias=False) if blocks > 2 else None  # Q_dep,q
+        self.depth_key = nn.Linear(rank, dim, bias=False) if blocks > 2 else None  # Q_dep,k
         self.default_instruction: Weight | None = None  # e(c) of calls without one; zero means none (Prop. D.7a)
         self.instruction_query: nn.Linear | None = None  # Q_ctx
         self.instruction_prior: nn.Linear | None = None  # R_ctx
@@ -199,7 +204,10 @@ class Router(nn.Module):
     def _depth_summary(self, query: Tensor, state: Tensor, means: list[Tensor]) -> Tensor:
         """Attention over earlier block means: u [B, K, r] (Eqs. 27, 28, 30 to 32)."""
         # The first block attends to one zero state: u is exactly 0, and every projection stays in the graph.
-        values = torch.stack(means or [torch.zeros_like(state)], dim=-2)  # [B, K, n, r]
+        means = means or [torch.zeros_like(state)]
+        if self.depth_key is None:  # no block has two earlier ones, and one mean gets all the attention
+            return means[0]
+        values = torch.stack(means, dim=-2)  # [B, K, n, r]
         keys = rms_norm(_linear(self.depth_key, values))  # [B, K, n, d_k]
         logits = keys @ rms_norm(_linear(self.depth_query, query)).unsqueeze(-1) * self.depth_scale  # [B, K, n, 1]
         return (logits.softmax(-2) * values).sum(-2)

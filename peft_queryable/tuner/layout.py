@@ -78,6 +78,11 @@ class Layout:
         """Number of blocks in all stacks together."""
         return sum(blocks[-1] + 1 for blocks in self.blocks.values())
 
+    @property
+    def longest_stack(self) -> int:
+        """Number of blocks in the stack that has most."""
+        return max(blocks[-1] + 1 for blocks in self.blocks.values())
+
 
 def resolve_scope(name: str, sees_all: bool) -> Scope:
     """The scope that the configuration's `routing_scope`, `name`, means in a stack; `sees_all`: see [`sees_all`]."""

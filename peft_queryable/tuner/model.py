@@ -26,7 +26,7 @@ from ..method.router import Router
 from .layer import MERGE_REFUSAL, Linear, QueryableLoraLayer
 from .layout import Layout, Stacks, remove_hooks
 from .offload import onload
-from .saving import ROUTER, check_tensors
+from .saving import ROUTER, check_tensors, without_idle_depth
 from .targets import check_target
 
 BASE = "__base__"  # PEFT's name, in `adapter_names`, of no adapter
@@ -92,7 +92,7 @@ class QueryableLoraModel(BaseTuner):
         # PEFT gives the empty layers of a new EVA adapter their weights when it has seen data, but knows of no bank.
         create = skip_init_on_device(Router) if config.init_lora_weights == "eva" else Router
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            router = create(config.router_settings(layout.num_blocks))
+            router = create(config.router_settings(layout.num_blocks, layout.longest_stack))
         self.queryable_lora_router[adapter_name] = router
         self._match_router(adapter_name)
         self.stacks.place(adapter_name, layers, layout, router, config.routing_scope)
@@ -234,7 +234,8 @@ class QueryableLoraModel(BaseTuner):
         super().delete_adapter(adapter_name)
         del self.queryable_lora_router[adapter_name]
         self.stacks.forget(adapter_name)
-        if was_active:  # PEFT lets each layer choose an adapter in its place, and layers may have different ones
+        if was_active and self.peft_config:
+            # PEFT lets each layer choose an adapter in its place, and layers may have different ones.
             self.set_adapter(sorted(others or self.peft_config)[: len(others) or 1])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -286,5 +287,7 @@ class QueryableLoraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        if "depth" in config.query_terms:
+            remapped = without_idle_depth(remapped, expected)
         check_tensors(remapped, expected, adapter_name)
         return remapped

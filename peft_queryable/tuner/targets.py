@@ -42,6 +42,8 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
         )
     if ".experts." in f".{name}.":
         return "it belongs to an expert, which gets loose tokens: their sequence, and so their route, is not known"
+    if _reads_positions(model, name):
+        return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
     if not isinstance(model, PreTrainedModel):
         return None
     head: Any = model.get_output_embeddings()
@@ -50,8 +52,6 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
             "it is the language model's head, which runs outside the routed layers and, in generation, on a part of "
             "the tokens only; `modules_to_save` trains it in full"
         )
-    if _reads_positions(model.config, name):
-        return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
     return None
 
 
@@ -63,8 +63,10 @@ def _is_linear(layer: nn.Module) -> bool:
     return is_foreign and resolve_quantization_backend(layer) is not None
 
 
-def _reads_positions(config: Any, name: str) -> bool:
-    """Whether DeBERTa-v2's module `name` is applied to its relative position embeddings, beside the tokens."""
-    if config.model_type != "deberta-v2" or not config.relative_attention:
+def _reads_positions(model: nn.Module, name: str) -> bool:
+    """Whether the attention of DeBERTa-v2 or SEW-D applies module `name` to its relative position embeddings too."""
+    parent, _, child = name.rpartition(".")
+    attention = model.get_submodule(parent)
+    if not getattr(attention, "relative_attention", False):
         return False
-    return config.share_att_key and name.endswith(("query_proj", "key_proj"))
+    return getattr(attention, "share_att_key", False) and child in ("query_proj", "key_proj")

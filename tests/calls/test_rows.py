@@ -186,8 +186,9 @@ def test_a_cache_belongs_to_the_adapters_of_its_rows(scope):
         (["one", "two", "three", "four", "one"], r"do not exist: \['four', 'three'\]"),
         (["one", "two"], "2 names for a batch of 5"),
         ([], "0 names for a batch of 5"),
+        (["__base__"] * 3, "3 names for a batch of 5"),
     ],
-    ids=["unknown", "too few", "none"],
+    ids=["unknown", "too few", "none", "too few of the base model"],
 )
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_wrong_names_are_refused(names, message, call):

@@ -321,8 +321,8 @@ def write_table(outcomes: dict[str, str]) -> None:
     lines += [
         "",
         "These modules are refused by name when the adapter is made: language-model heads, embeddings, convolutions, "
-        "`nn.MultiheadAttention`, experts whose input does not tell which sequence a token belongs to, and DeBERTa "
-        "v2's query_proj and key_proj where they also project relative positions.",
+        "`nn.MultiheadAttention`, experts whose input does not tell which sequence a token belongs to, and the "
+        "query_proj and key_proj of DeBERTa v2 and SEW-D where they also project relative positions.",
         "",
     ]
     (Path(__file__).parents[2] / "docs" / "architectures.md").write_text("\n".join(lines))

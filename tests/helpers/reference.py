@@ -107,6 +107,9 @@ def depth_summary(bank: Bank, q0: Tensor, means: list[Tensor]) -> Tensor:
     """u = sum_i beta_i s_i, beta = softmax(xi), and 0 for the first block  (27, 28, 30 to 32)."""
     if not means:
         return q0.new_zeros(bank.C.shape[-1])
+    if bank.Q_dep_q is None or bank.Q_dep_k is None:  # left out where no block has two earlier ones: beta is 1
+        (mean,) = means
+        return mean
     xi = []
     for mean in means:
         similarity = rms_norm(bank.Q_dep_q @ q0) @ rms_norm(bank.Q_dep_k @ mean)

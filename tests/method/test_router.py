@@ -232,6 +232,22 @@ def test_parameter_tree(query_terms, instruction_dim, expected):
     assert {name: tuple(parameter.shape) for name, parameter in module.named_parameters()} == tree
 
 
+DEPTH = ["depth_value", "depth_query", "depth_key"]
+
+
+@pytest.mark.parametrize(("longest_stack", "kept"), [(1, []), (2, DEPTH[:1]), (3, DEPTH), (None, DEPTH)])
+def test_depth_that_cannot_learn_is_left_out(longest_stack, kept):
+    """A first block has no depth summary, and a second no choice to make: routes stay what they were."""
+    whole, module = router(), router(longest_stack=longest_stack)
+    assert [name for name in DEPTH if getattr(module, name) is not None] == kept
+    assert module.uses_depth == bool(kept)
+    module.load_state_dict({key: whole.state_dict()[key] for key in module.state_dict()})
+    state, means, instruction = inputs()
+    for block in range(longest_stack or 3):
+        expected = route(whole, block, state, means[:block], instruction)
+        torch.testing.assert_close(route(module, block, state, means[:block], instruction), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_maths_is_float32_with_narrow_parameters(dtype):
     """A router in 16 bits routes as a float32 one with the same rounded weights, bit by bit."""

@@ -353,7 +353,8 @@ def test_theorem_d15_is_tight():
     base = nn.Sequential(nn.Linear(2, 2)).double()
     adapted = adapt(base, r=2, num_atoms=2, router_dim=2, target_modules=["0"], **asdict(s.hyper))
     router = adapted.base_model.queryable_lora_router["default"]
-    router.load_state_dict(s.router.state_dict() | {"block_prior.weight": s.bank.w[:1]})
+    tensors = s.router.state_dict() | {"block_prior.weight": s.bank.w[:1]}
+    router.load_state_dict({name: tensors[name] for name in router.state_dict()})  # a single block has no depth term
     layer = adapted.base_model.model[0]
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(0.8 * torch.eye(2))

@@ -20,7 +20,7 @@ from helpers.models import (
     two_adapters,
 )
 from helpers.reference import Call, Tokens
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -226,6 +226,29 @@ def test_others_stay_active_when_one_is_deleted():
     model.delete_adapter("two")
     assert model.active_adapters == ["one"]
     assert torch.equal(outputs(model, inputs), expected)
+
+
+TRAINED_BESIDE = [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}]
+
+
+@pytest.mark.parametrize("fields", TRAINED_BESIDE, ids=str)
+@pytest.mark.parametrize("config_class", [LoraConfig, QueryableLoraConfig], ids=lambda config: config.__name__)
+def test_delete_the_last_adapter(config_class, fields):
+    """Without its last adapter the model is its base, whatever was trained beside it; as plain LoRA."""
+    base, inputs = llama(), text()
+    config = config_class(r=4, target_modules=["q_proj"], **fields)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    randomise(model)
+    assert not torch.equal(outputs(model, inputs), outputs(base, inputs))
+    model.delete_adapter("default")
+    assert model.active_adapters == [] and model.peft_config == {}
+    assert torch.equal(outputs(model.base_model, inputs), outputs(base, inputs))
+    if not fields:  # else PEFT itself refuses another adapter in place of the last one
+        model.add_adapter("other", config)
+        model.set_adapter("other")
+        randomise(model, "other")
+        assert not torch.equal(outputs(model, inputs), outputs(base, inputs))
+        assert {p.requires_grad for p in learned(model, "other")} == {True}
 
 
 def test_deleting_another_adapter_thaws_nothing(model, folder, base):

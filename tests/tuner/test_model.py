@@ -29,6 +29,8 @@ from peft_queryable import QueryableLoraConfig, QueryableLoraModel
 
 # Parameters
 
+DEPTH = {"depth_value", "depth_query", "depth_key"}
+
 
 def test_parameter_tree():
     """The state dict has A, B and a gate for each module, and the bank once, under names that carry the prefix."""
@@ -39,9 +41,7 @@ def test_parameter_tree():
         ROUTER_KEY + "keys.weight": (6, 8),
         ROUTER_KEY + "block_prior.weight": (2, 8),
         ROUTER_KEY + "state_query.weight": (8, 4),
-        ROUTER_KEY + "depth_value.weight": (8, 4),
-        ROUTER_KEY + "depth_query.weight": (8, 8),
-        ROUTER_KEY + "depth_key.weight": (8, 4),
+        ROUTER_KEY + "depth_value.weight": (8, 4),  # and no more of depth: the second of two blocks has no choice
         ROUTER_KEY + "default_instruction.weight": (1, 5),
         ROUTER_KEY + "instruction_query.weight": (8, 5),
         ROUTER_KEY + "instruction_prior.weight": (8, 5),
@@ -57,6 +57,33 @@ def test_parameter_tree():
     assert {name.replace(".default.", ".") for name in trainable} == set(expected) - {
         ROUTER_KEY + "default_instruction.weight"
     }
+
+
+SHORT_STACKS = {
+    "one block": (llama, text, {"num_blocks": 1}, set()),
+    "one layer": (llama, text, {"layers_to_transform": [2]}, set()),
+    "two blocks": (llama, text, {"num_blocks": 2}, {"depth_value"}),
+    "three blocks": (llama, text, {"num_blocks": 3}, DEPTH),
+    "one block per stack": (t5, ARCHITECTURES["t5"].inputs, {"num_blocks": 1, "target_modules": ["q", "k"]}, set()),
+    "two blocks per stack": (
+        t5,
+        ARCHITECTURES["t5"].inputs,
+        {"num_blocks": 2, "target_modules": ["q"]},
+        {"depth_value"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHORT_STACKS)
+def test_every_parameter_can_learn(case):
+    """The router has the depth projections that some block of some stack learns from, and no others."""
+    build, inputs, fields, expected = SHORT_STACKS[case]
+    model = adapted(build(), **({"target_modules": ["q_proj", "v_proj"]} | fields)).train()
+    randomise(model)
+    model(**inputs()).logits.square().mean().backward()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-2] for name in parameters if ".depth_" in name} == expected
+    assert not [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
 
 
 def test_trainable_parameters_count_the_bank_once(capsys):

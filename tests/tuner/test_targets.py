@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.models import adapted, gpt2, llama, outputs, randomise, text
+import transformers as tf
+from helpers.models import VOCAB, adapted, gpt2, llama, outputs, randomise, text
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -38,6 +39,31 @@ class Several(nn.Module):
         self.bilinear, self.norm = nn.Bilinear(4, 4, 4), nn.LayerNorm(4)
 
 
+DEBERTA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def deberta_v2(**kwargs) -> nn.Module:
+    return tf.DebertaV2Model(tf.DebertaV2Config(**DEBERTA, **kwargs)).eval()
+
+
+def shared_positions(name: str = "DebertaV2Model", **kwargs) -> nn.Module:
+    """Attention whose query and key projections also project relative positions, of DeBERTa v2 or of SEW-D."""
+    config = getattr(tf, name).config_class(
+        **DEBERTA, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True, **kwargs
+    )
+    return getattr(tf, name)(config).eval()
+
+
+def sew_d() -> nn.Module:
+    return shared_positions("SEWDModel", conv_dim=(8,), conv_kernel=(4,), conv_stride=(2,), num_conv_pos_embeddings=4)
+
+
 REFUSALS = {
     "embedding": (llama, "embed_tokens", "model.embed_tokens", "Embedding"),
     "embedding of GPT-2": (gpt2, "wte", "transformer.wte", "Embedding"),
@@ -50,6 +76,8 @@ REFUSALS = {
     "head of GPT-2": (gpt2, "lm_head", "lm_head", "head"),
     "expert": (Experts, "experts.0", "experts.0", "expert"),
     "attention of torch": (Attention, "attn", "attn", "MultiheadAttention"),
+    "query of DeBERTa v2": (shared_positions, "query_proj", "encoder.layer.0.attention.self.query_proj", "position"),
+    "key of SEW-D": (sew_d, "key_proj", "encoder.encoder.layer.0.attention.self.key_proj", "position embeddings"),
     "its output projection": (Attention, "out_proj", "attn.out_proj", "MultiheadAttention"),
 }
 
@@ -79,6 +107,15 @@ def test_foreign_adapter_is_refused():
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).base_model.model
     with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj' .*Linear.*`exclude_modules`"):
         adapted(model, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("fields", [{}, {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}], ids=str)
+def test_deberta_without_shared_positions(fields):
+    """DeBERTa v2 whose configuration says nothing of `share_att_key` is adapted whole, and its gradients flow."""
+    model = adapted(deberta_v2(**fields), target_modules=["query_proj", "key_proj", "value_proj"])
+    randomise(model)
+    model(**text()).last_hidden_state.square().sum().backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
 def test_no_matched_target():
