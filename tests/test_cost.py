@@ -30,7 +30,7 @@ def operations(config: LoraConfig) -> int:
         num_attention_heads=14,
         num_key_value_heads=2,
     )
-    model = get_peft_model(Qwen2ForCausalLM(shape), config)
+    model = get_peft_model(Qwen2ForCausalLM(shape), config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=token_ids(2, 32))
     return counter.get_total_flops()

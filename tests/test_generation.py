@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.generation import PROMPT, SCOPES, decoder, full_logits, no_stop
-from helpers.models import adapted, llama, randomise, token_ids
+from helpers.models import adapted, bart, llama, randomise, t5, token_ids
 from torch import Tensor
 from transformers import (
     MistralConfig,
@@ -128,3 +128,24 @@ def test_sequence_scope_in_a_decoder_is_fixed_at_prefill():
         for use_cache in (True, False)
     )
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("helper", ["assistant", "lookup"])
+@pytest.mark.parametrize("build", [t5, bart], ids=lambda build: build.__name__)
+def test_assisted_decoding_of_encoder_decoders(build, helper):
+    """Encoder-decoders draft and verify on a cache of two parts, and give the tokens of plain greedy decoding."""
+    torch.manual_seed(0)
+    model = adapted(build().double(), target_modules="all-linear")
+    randomise(model)
+    kwargs = {"assistant_model": build().double()} if helper == "assistant" else {"prompt_lookup_num_tokens": 2}
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    ids = token_ids(1, 6)
+    assert torch.equal(model.generate(ids, **settings, **kwargs), model.generate(ids, **settings))
+
+
+def test_early_exit_drafts():
+    """A model that drafts with its own first layers gives the tokens of plain greedy decoding."""
+    model = decoder("causal")
+    ids = token_ids(1, PROMPT)
+    drafted = model.generate(ids, generation_config=no_stop(do_sample=False), assistant_early_exit=2)
+    assert torch.equal(drafted, model.generate(ids, generation_config=no_stop(do_sample=False)))

@@ -6,9 +6,8 @@ the cache: reorder (beams), crop (assisted decoding), repeat, select, reset and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -136,8 +135,7 @@ def store(cache: Cache, key: tuple[str, str], routing: CachedRouting) -> None:
     if not hasattr(cache, _ATTRIBUTE):
         setattr(cache, _ATTRIBUTE, {})
         for method in (_reorder_cache, _batch_repeat_interleave, _batch_select_indices, _crop, _reset):
-            # A deepcopy of the cache copies the partial with it, and so carries a copy of the routing.
-            setattr(cache, method.__name__[1:], partial(method, cache))
+            setattr(cache, method.__name__[1:], _CacheMethod(method, cache))
     getattr(cache, _ATTRIBUTE)[key] = routing
 
 
@@ -160,8 +158,7 @@ def check_cache(arguments: Mapping[str, Any], adapter_name: str) -> None:
             raise ValueError(
                 f"The call's `{name}` is a cache of type {kind}, which cannot carry what the routes of adapter "
                 f"{adapter_name!r} need of the tokens in it. Use a `transformers.DynamicCache`, as `generate` does in "
-                "most models, or `use_cache=False`. Continuous batching (`generate_batch`, TRL's "
-                "`use_transformers_continuous_batching`) is not supported."
+                "most models, or `use_cache=False`."
             )
 
 
@@ -176,6 +173,17 @@ def cached_length(cache: Cache | None) -> int:
         return int(cache.get_seq_length())
     except ValueError:  # linear attention alone keeps no count, so ours is all there is
         return max(lengths) if lengths else int(cache.has_previous_state())
+
+
+class _CacheMethod:
+    """`function` as a method of `cache`: a deepcopy of the cache copies it, and so carries a copy of the routing."""
+
+    def __init__(self, function: Callable[..., None], cache: Cache) -> None:
+        self.function, self.cache = function, cache
+        self.__name__ = function.__name__[1:]  # EncoderDecoderCache asks its methods for their names
+
+    def __call__(self, *args: Any) -> None:
+        self.function(self.cache, *args)
 
 
 def _carried(cache: Cache) -> list[CachedRouting]:

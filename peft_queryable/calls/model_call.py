@@ -104,17 +104,22 @@ class ModelHooks:
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, always_call=True),
         ]
-        self.own_generate = vars(model).get("generate")  # a patch that was there before, for example TRL's
-        self.base_generate: Any = getattr(model, "generate", None)
-        if self.base_generate is not None:
-            setattr(model, "generate", self.generate)  # noqa: B010  (a method, to the type checker)
+        self.base_methods: dict[str, Any] = {}
+        self.own_methods: dict[str, Any] = {}  # patches that were there before, for example TRL's
+        for name, method in (("generate", self.generate), ("init_continuous_batching", self.refuse_batching)):
+            if hasattr(model, name):
+                self.base_methods[name] = getattr(model, name)
+                if name in vars(model):
+                    self.own_methods[name] = vars(model)[name]
+                setattr(model, name, method)
 
     def remove(self, model: nn.Module) -> None:
         """Leave `model` as it was."""
         for hook in self.hooks:
             hook.remove()
-        if vars(model).pop("generate", None) is not None and self.own_generate is not None:
-            setattr(model, "generate", self.own_generate)  # noqa: B010
+        for name in self.base_methods:
+            if vars(model).pop(name, None) is not None and name in self.own_methods:
+                setattr(model, name, self.own_methods[name])
 
     @property
     def call(self) -> ModelCall:
@@ -169,7 +174,21 @@ class ModelHooks:
         self._check_instruction(instruction_embeds)
         prompt_length = self._prompt_length(args, kwargs)
         with self.entered(prompt_length=prompt_length, instruction_embeds=instruction_embeds):
-            return self.base_generate(*args, **kwargs)
+            return self.base_methods["generate"](*args, **kwargs)
+
+    def refuse_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `init_continuous_batching`, for adapters whose routes depend on no token.
+
+        Raises:
+            ValueError: for all others: its paged cache cannot carry what their routes need of earlier tokens.
+        """
+        if names := sorted({plan.adapter_name for plan in self.active_plans() if plan.router.reads_states}):
+            raise ValueError(
+                "Continuous batching (`generate_batch`, TRL's `use_transformers_continuous_batching`) cannot run "
+                f"adapters {names}: its paged cache cannot carry what their routes need of earlier tokens. Use "
+                "`generate`."
+            )
+        return self.base_methods["init_continuous_batching"](*args, **kwargs)
 
     def _prompt_length(self, args: tuple, kwargs: dict[str, Any]) -> int:
         names = ("decoder_input_ids",) if self.is_encoder_decoder else ("input_ids", "inputs", "inputs_embeds")
@@ -182,7 +201,7 @@ class ModelHooks:
         plans = [plan for plan in self.active_plans() if plan.router.reads_states and not plan.scope.is_per_token]
         scopes = sorted({plan.scope.name for plan in plans})
         config = kwargs.get("generation_config") or getattr(
-            getattr(self.base_generate, "__self__", None), "generation_config", None
+            getattr(self.base_methods["generate"], "__self__", None), "generation_config", None
         )
 
         def setting(name: str) -> Any:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..method.route import Route
 from .adapter_call import AdapterCall, RunningCall
 from .current import Current
+
+_REENTRANT = (
+    "Queryable LoRA does not support reentrant gradient checkpointing: it runs the first pass without a graph, so a "
+    "route would get no gradient from the layers that use it. Pass "
+    "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+)
 
 
 class AdapterReplay:
@@ -62,19 +70,19 @@ class BoundCheckpoint:
 
     def __init__(self, currents: Sequence[Current], checkpoint: Callable) -> None:
         if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "Queryable LoRA does not support reentrant gradient checkpointing: it runs the first pass without a "
-                "graph, so a route would get no gradient from the layers that use it. Pass "
-                "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
-            )
+            raise ValueError(_REENTRANT)
         self.currents, self.checkpoint = currents, checkpoint
         # Where the caller says nothing, as `prepare_model_for_kbit_training`, torch's own default is still reentrant.
-        self.run = partial(checkpoint, use_reentrant=False)
+        self.run = partial(checkpoint, use_reentrant=False) if _takes_use_reentrant(checkpoint) else checkpoint
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         calls = [(current, current.call) for current in self.currents if isinstance(current.call, RunningCall)]
 
+        has_graph = torch.is_grad_enabled()
+
         def bound(*args: Any, **kwargs: Any) -> Any:
+            if has_graph and not torch.is_grad_enabled():  # the first pass of a function that does not tell
+                raise ValueError(_REENTRANT)
             with ExitStack() as entered:
                 for current, call in calls:
                     if current.call is not call:  # not the first pass
@@ -82,3 +90,8 @@ class BoundCheckpoint:
                 return function(*args, **kwargs)
 
         return self.run(bound, *args, **kwargs)
+
+
+def _takes_use_reentrant(checkpoint: Callable) -> bool:
+    parameters = inspect.signature(checkpoint).parameters.values()
+    return any(p.name == "use_reentrant" or p.kind is p.VAR_KEYWORD for p in parameters)

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
-from helpers.generation import NEW, PROMPT, SCOPES, decoder, full_logits, step_logits
-from helpers.models import outputs, token_ids
-from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
+from helpers.generation import NEW, PROMPT, SCOPES, decoder, full_logits, no_stop, step_logits
+from helpers.models import MLP, VOCAB, adapted, llama, outputs, randomise, token_ids
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache, cache_utils
 
 
 @pytest.fixture(scope="module", params=SCOPES)
@@ -107,3 +109,59 @@ def test_cache_cropped_into_the_prompt(model):
         return
     steps = step_logits(model, ids, cache, PROMPT - 3)
     torch.testing.assert_close(steps, full_logits(model, ids)[:, PROMPT - 3 :], rtol=0, atol=1e-9)
+
+
+# Caches that cannot carry routing
+
+
+def static_routes() -> nn.Module:
+    """A decoder whose routes depend on no token."""
+    model = adapted(llama(eos_token_id=VOCAB - 1, pad_token_id=0), target_modules="all-linear", query_terms=[])
+    randomise(model)
+    return model
+
+
+def test_continuous_batching_is_refused(model):
+    """A paged cache carries no routing: refused before a request is taken."""
+    with pytest.raises(ValueError, match=r"Continuous batching .* cannot run adapters \['default'\]"):
+        model.generate_batch(inputs=[[3, 4, 5]], generation_config=no_stop())
+
+
+def test_continuous_batching_of_static_routes():
+    """Routes that depend on no token allow it, and it gives the tokens of `generate`, as LoRA's."""
+    lora = get_peft_model(
+        llama(eos_token_id=VOCAB - 1, pad_token_id=0), LoraConfig(target_modules=["q_proj", "v_proj"])
+    )
+    randomise(lora)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=VOCAB - 1, pad_token_id=0)
+    for tested in (lora.eval(), static_routes()):
+        prompts = [[3, 4, 5], [6, 7, 8, 9]]
+        results = list(tested.generate_batch(inputs=prompts, generation_config=config).values())
+        for prompt, result in zip(prompts, results, strict=True):
+            alone = tested.generate(input_ids=torch.tensor([prompt]), generation_config=config)
+            assert result.generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "mems", "state"])
+def test_foreign_caches_are_refused(name):
+    """A cache of another kind than transformers' is refused by its name, unless routes depend on no token."""
+
+    class Recurrent(MLP):
+        def forward(self, x, past_key_values=None, mems=None, state=None):
+            return super().forward(x)
+
+    inputs = {"x": torch.randn(2, 3, 8), name: (torch.randn(2, 3),)}
+    model = adapted(Recurrent(), target_modules=["first"])
+    with pytest.raises(ValueError, match=f"The call's `{name}` is a cache of type tuple, .* `use_cache=False`"):
+        model(**inputs)
+    adapted(Recurrent(), target_modules=["first"], query_terms=[])(**inputs)
+
+
+def test_static_routes_need_no_history():
+    """Routes that depend on no token go on from a cache that was filled without the adapter's knowing."""
+    model, ids = static_routes().double(), token_ids(2, PROMPT + NEW)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :PROMPT], past_key_values=cache)
+        steps = model(input_ids=ids[:, PROMPT:], past_key_values=cache).logits
+    torch.testing.assert_close(steps, outputs(model, {"input_ids": ids})[:, PROMPT:], rtol=0, atol=1e-9)

@@ -85,3 +85,45 @@ def test_instruction_to_an_adapter_without(call):
     function = model if call == "forward" else model.generate
     with pytest.raises(ValueError, match=r"`instruction_embeds`.*'default' takes no instruction.*`instruction_dim"):
         function(input_ids=token_ids(), instruction_embeds=torch.randn(2, 5))
+
+
+# Prompts that are not what a route was made from
+
+
+@pytest.mark.parametrize("scope", ["prompt", "sequence"])
+@pytest.mark.parametrize("setting", [{"guidance_scale": 1.5}, {"prefill_chunk_size": 2}], ids=str)
+def test_settings_with_another_prompt_are_refused(scope, setting):
+    """Guidance and chunks show a route of a sequence another prompt than its own."""
+    model = adapted(llama(), target_modules=LLAMA_PROJECTIONS, routing_scope=scope)
+    with pytest.raises(ValueError, match=rf"`{next(iter(setting))}` cannot be used with routing scope \['{scope}'\]"):
+        model.generate(input_ids=token_ids(), max_new_tokens=2, pad_token_id=0, **setting)
+
+
+def test_guidance_in_causal():
+    """In `causal`, guidance gives the logits of the two prompts apart, mixed as it says."""
+    model = adapted(llama().double(), target_modules=LLAMA_PROJECTIONS)
+    randomise(model)
+    ids, negative = token_ids(1, 6), token_ids(1, 4)
+    settings = {"max_new_tokens": 1, "output_logits": True, "output_scores": True, "return_dict_in_generate": True}
+    result = model.generate(
+        input_ids=ids, negative_prompt_ids=negative, guidance_scale=1.5, do_sample=False, pad_token_id=0, **settings
+    )
+    with_prompt, without = (outputs(model, {"input_ids": i})[:, -1].log_softmax(-1) for i in (ids, negative))
+    expected = without + 1.5 * (with_prompt - without)
+    torch.testing.assert_close(result.scores[0].double(), expected, rtol=0, atol=1e-5)  # `generate` works in float32
+
+
+@pytest.mark.parametrize("scope", ["causal", "prompt", "sequence"])
+def test_a_conversation_that_goes_on(scope):
+    """A second `generate` with a longer prompt on a filled cache is exact in `causal`, and refused elsewhere."""
+    model = adapted(llama().double(), target_modules=LLAMA_PROJECTIONS, routing_scope=scope)
+    randomise(model)
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    first = model.generate(input_ids=token_ids(1, 5), return_dict_in_generate=True, **settings)
+    longer = torch.cat([first.sequences, token_ids(1, 4)], dim=1)
+    if scope == "causal":
+        expected = model.generate(input_ids=longer, **settings)
+        assert torch.equal(model.generate(longer, past_key_values=first.past_key_values, **settings), expected)
+    else:
+        with pytest.raises(ValueError, match=rf"from a filled cache with routing scope \['{scope}'\]"):
+            model.generate(input_ids=longer, past_key_values=first.past_key_values, **settings)

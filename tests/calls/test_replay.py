@@ -170,3 +170,23 @@ def test_other_checkpointing_is_refused_clearly():
     loss = model(**batch(1)).loss
     with pytest.raises(RuntimeError, match="gradient_checkpointing_enable"):
         loss.backward()
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_functions_without_the_argument(is_reentrant):
+    """Checkpoint functions that take no `use_reentrant`, as diffusers' do, work; reentrant ones are found out."""
+    expected = gradients(build(), [batch(1)])
+    model = checkpointing(build())
+
+    def checkpoint(function, *args):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=is_reentrant)
+
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = checkpoint
+    if is_reentrant:
+        model.enable_input_require_grads()
+        with pytest.raises(ValueError, match="reentrant gradient checkpointing"):
+            gradients(model, [batch(1)])
+    else:
+        assert_same(gradients(model, [batch(1)]), expected)

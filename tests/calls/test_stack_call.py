@@ -1,9 +1,12 @@
 """What one call of one stack says: its rows, its tokens, and which labels are about them."""
 
+import warnings
+
 import pytest
 import torch
-from helpers.models import adapted, mlp, outputs, randomise, t5, text, token_ids
+from helpers.models import adapted, llama, mlp, outputs, randomise, t5, text, token_ids
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from peft_queryable import record_routing
 
@@ -65,3 +68,57 @@ def test_a_call_without_a_tensor_is_refused():
     model = adapted(Constant(), target_modules=["inner"])
     with pytest.raises(ValueError, match="A call without any tensor among its arguments cannot be routed"):
         model(3.0)
+
+
+# A prompt that nothing tells
+
+
+def in_scope_prompt() -> nn.Module:
+    model = adapted(llama(), target_modules="all-linear", routing_scope="prompt")
+    randomise(model)
+    return model
+
+
+def test_training_without_a_prompt_is_refused():
+    """In training nothing may be taken for the prompt: the answer would route itself."""
+    model, ids = in_scope_prompt().train(), token_ids()
+    with pytest.raises(
+        ValueError, match=r"routing scope 'prompt', .* neither `labels` nor `prompt_mask`, so the answer"
+    ):
+        model(input_ids=ids)
+    model(input_ids=ids, prompt_mask=torch.ones_like(ids))
+    model(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize("taken", ["label_smoothing_factor", "compute_loss_func"])
+def test_trainers_that_take_the_labels_are_refused(taken, tmp_path):
+    """A Trainer that keeps the labels for itself stops in its first step; a prompt mask in the batch helps it."""
+    ids = token_ids(1, 6)[0].tolist()
+    value = 0.1 if taken == "label_smoothing_factor" else None
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        label_smoothing_factor=value or 0,
+    )
+    loss = None if value else lambda outputs, labels, **kwargs: outputs.logits.square().mean()
+
+    def trainer(example: dict) -> Trainer:
+        return Trainer(in_scope_prompt(), arguments, train_dataset=[example] * 2, compute_loss_func=loss)
+
+    with pytest.raises(ValueError, match="so the answer would route itself"):
+        trainer({"input_ids": ids, "labels": ids}).train()
+    trainer({"input_ids": ids, "labels": ids, "prompt_mask": [1, 1, 0, 0, 0, 0]}).train()
+
+
+def test_evaluation_without_a_prompt_warns():
+    """In evaluation mode a call that tells no prompt is taken for a prefill, with a warning; `generate` tells it."""
+    model, ids = in_scope_prompt(), token_ids()
+    with pytest.warns(UserWarning, match="All its tokens count as the prompt"):
+        model(input_ids=ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, labels=ids)
+        model.generate(input_ids=ids, max_new_tokens=2, pad_token_id=0)

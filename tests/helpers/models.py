@@ -97,6 +97,21 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
+def bart() -> nn.Module:
+    config = transformers.BartConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+    )
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
 def mlp() -> nn.Module:
     return MLP().eval()
 

@@ -225,14 +225,14 @@ def test_mlp_of_rows(seed, top_k, kind):
 @pytest.mark.parametrize("scope", ["auto", "sequence", "causal", "prompt"])
 def test_mlp_of_tokens(scope, padding):
     case = tokens_case(TokenMLP(), padding, prompt="labels" if scope == "prompt" else None)
-    resolved = "sequence" if scope == "auto" else scope
+    resolved = "causal" if scope == "auto" else scope
     compare(case, resolved, target_modules="all-linear", routing_scope=scope)
 
 
 @pytest.mark.parametrize("terms", [t for n in range(4) for t in itertools.combinations(TERMS, n)], ids="+".join)
 def test_query_terms(terms):
     case = tokens_case(TokenMLP(), kind="each")
-    compare(case, "sequence", target_modules="all-linear", query_terms=terms, instruction_dim=INSTRUCTION_DIM)
+    compare(case, "causal", target_modules="all-linear", query_terms=terms, instruction_dim=INSTRUCTION_DIM)
 
 
 @pytest.mark.parametrize(

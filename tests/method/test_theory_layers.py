@@ -284,7 +284,7 @@ def check_updates(watch: Watch) -> None:
 def test_theorem_5_2_and_corollary_d8_1_updates_are_bounded(seed, r, top_k):
     """(7), (8): Delta W and its action on every input of a module stay below the bounds by ||B||, g, R_C, ||A||."""
     torch.manual_seed(seed)
-    adapted = adapt(MLP().double(), r=r, top_k=top_k)
+    adapted = adapt(MLP().double(), r=r, top_k=top_k, routing_scope="sequence")
     with pytest.MonkeyPatch.context() as monkeypatch:
         watch = Watch(adapted, monkeypatch)
         adapted(torch.randn(2, 3, 8).double())

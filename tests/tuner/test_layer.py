@@ -184,13 +184,13 @@ def test_dropout_acts_on_the_state(scope):
     """The update, route included, is that of the dropped input (METHOD, step 10), and the base sees all of it."""
     base = nn.Linear(8, 5).double()
     model = single(base, lora_dropout=0.5, init_lora_weights=False, routing_scope=scope)
-    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    x, prompt = torch.randn(2, 3, 8, dtype=torch.float64), torch.ones(2, 3)
     torch.manual_seed(5)
     dropped = nn.functional.dropout(x, 0.5)
-    expected = model(dropped) - base(dropped)
+    expected = model(dropped, prompt_mask=prompt) - base(dropped)
     model.train()
     torch.manual_seed(5)
-    torch.testing.assert_close(model(x) - base(x), expected)
+    torch.testing.assert_close(model(x, prompt_mask=prompt) - base(x), expected)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(8, 5), transformers.pytorch_utils.Conv1D(5, 8)], ids=["Linear", "Conv1D"])

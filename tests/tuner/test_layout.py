@@ -11,6 +11,7 @@ from helpers.models import (
     LAYERS,
     VOCAB,
     adapted,
+    bart,
     bert,
     gpt2,
     llama,
@@ -32,21 +33,6 @@ def linear_names(model: nn.Module) -> list[str]:
     """Names of the modules that can be adapted."""
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds) and name != "lm_head"]
-
-
-def bart() -> nn.Module:
-    config = transformers.BartConfig(
-        vocab_size=VOCAB,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=3,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=64,
-    )
-    return transformers.BartForConditionalGeneration(config)
 
 
 def bloom() -> nn.Module:
@@ -272,7 +258,7 @@ def test_entry_group_reads_one_input():
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_sees_all(build, owner, expected):
-    """Encoders of encoder-decoders, towers and encoders that cannot generate see all their tokens; nothing else does."""
+    """Encoders of encoder-decoders, towers and encoders that cannot generate see all tokens; nothing else does."""
     assert sees_all(build(), owner) is expected
 
 
