@@ -37,6 +37,7 @@ class AdapterCall:
         self.plan, self.key = plan, (plan.adapter_name, stack_call.stack)
         self.rows = stack_call.rows(plan.adapter_name)
         self.batch = stack_call.batch if self.rows is None else len(self.rows.index)
+        self.tokens_per_row = stack_call.length  # None if unknown
         self.keeps_states = stack_call.is_checkpointing  # block states must outlive their mean, for a replay
         self.length = 0  # tokens per row
         self.real: Tensor | None = None
@@ -45,7 +46,7 @@ class AdapterCall:
         self.past = CachedRouting(id(plan.router))
         if not self.is_static:
             check_cache(stack_call.arguments, plan.adapter_name)
-            self.past = load(stack_call.cache, self.key, id(plan.router), self.rows)
+            self.past = load(stack_call.cache, stack_call.past, self.key, id(plan.router), self.rows)
         self.gate_values = _gate_values(self.past)
         self.is_routed = bool(self.past.routes)  # born with routes
         self.routes: list[Route | None] = [self.past.routes.get(block) for block in range(plan.num_blocks)]
@@ -81,12 +82,7 @@ class AdapterCall:
         """
         if states.ndim == 3 and states.shape[0] == self.batch:
             return states
-        if states.shape[0] % self.batch != 0:
-            raise ValueError(
-                f"A module got activations whose leading dimension is {states.shape[0]} in a call of batch size "
-                f"{self.batch}, so they are not the call's tokens row by row and cannot be routed. Exclude the module "
-                "with `exclude_modules`."
-            )
+        check_layout(states, self.batch, self.tokens_per_row)
         return states.reshape(self.batch, -1, states.shape[-1])
 
     def route_for(self, block: int, layer: nn.Module) -> Route | None:
@@ -183,6 +179,25 @@ class AdapterCall:
         self.shared = self.shared.map(_leaf)
 
 
+def check_layout(x: Tensor, batch: int, length: int | None) -> None:
+    """Raise a ValueError unless `x` [B, ..., d] or [B T, d] is known to be a call's tokens row by row.
+
+    Args:
+        x: activations or states.
+        batch: number B of rows of the call.
+        length: number T of its tokens per row; None if unknown.
+    """
+    lead = x.shape[:-1]
+    is_flat = length is not None and len(lead) == 1 and lead[0] == batch * length
+    if lead[0] == batch or is_flat or (batch == 1 and length is None):  # a single row owns all there is
+        return
+    tokens = "" if length is None else f" and {length} tokens per row"
+    raise ValueError(
+        f"A module got activations of shape {[*lead, 'features']} in a call of batch size {batch}{tokens}, so they "
+        "are not the call's tokens row by row and cannot be routed. Exclude the module with `exclude_modules`."
+    )
+
+
 class RunningCall:
     """A call of a stack while it runs, with an [`AdapterCall`] for each adapter, made when it is first asked for."""
 
@@ -204,6 +219,8 @@ class RunningCall:
                 call.store(cache)
             if stack_call.is_checkpointing:
                 call.seal()
+        if (ended := stack_call.model_call.ended) is not None:
+            ended.append(stack_call)
         for record in stack_call.model_call.recorders:
             for call in self.adapter_calls.values():
                 if (routed := call.record()) is not None:

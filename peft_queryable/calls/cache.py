@@ -96,11 +96,12 @@ class CachedRouting:
             self.routes = {}
 
 
-def load(cache: Cache | None, key: tuple[str, str], router: int, rows: Rows | None) -> CachedRouting:
+def load(cache: Cache | None, length: int, key: tuple[str, str], router: int, rows: Rows | None) -> CachedRouting:
     """What `cache` carries for `key` (adapter and stack); an empty [`CachedRouting`] for an empty or missing cache.
 
     Args:
         cache: a call's cache.
+        length: number of tokens per row that it held before the call.
         key: names of the adapter and of the stack.
         router: identity of the adapter's router.
         rows: the rows that the adapter serves, None for all.
@@ -109,7 +110,6 @@ def load(cache: Cache | None, key: tuple[str, str], router: int, rows: Rows | No
         ValueError: if tokens were put into the cache without this adapter, under another one, or if it was cropped
             into the prompt that fixed its routes.
     """
-    length = cached_length(cache)
     if length == 0:
         return CachedRouting(router)
     adapter_name = key[0]

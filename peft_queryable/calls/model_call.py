@@ -30,6 +30,8 @@ class ModelCall:
         instructions: by adapter, the embeddings of the innermost `use_instructions` block; None outside of one.
         adapter_names: [B], the adapter of each row in a batch of several, "__base__" for rows without one; None for a
             batch of the active adapters.
+        attention_mask: [B, S], the outermost call's; None if it is of another kind.
+        ended: calls of stacks that have ended within this call, in order; None outside of a call.
         recorders: called with a [`RoutedCall`] for each adapter when a stack's call ends.
     """
 
@@ -39,6 +41,8 @@ class ModelCall:
     instruction_embeds: Tensor | None = None
     instructions: Mapping[str, Tensor] | None = None
     adapter_names: tuple[str, ...] | None = None
+    attention_mask: Tensor | None = None
+    ended: list[Any] | None = None
     recorders: tuple[Recorder, ...] = ()
 
     @property
@@ -137,6 +141,7 @@ class ModelHooks:
         labels = kwargs.get("labels")
         if self.is_encoder_decoder and labels is not None:
             labels = F.pad(labels, (1, -1), value=IGNORE_INDEX)  # there, a label is the next input token
+        mask = kwargs.get("attention_mask")
         prompt_mask = kwargs.pop("prompt_mask", None)
         instruction = kwargs.pop("instruction_embeds", None)
         outer = self.call
@@ -153,12 +158,16 @@ class ModelHooks:
                 instructions=outer.instructions,
                 adapter_names=outer.adapter_names,
                 recorders=outer.recorders,
+                ended=[],
+                attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             )
         )
         return args, kwargs
 
     def _close(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.current.close()
+        call = self.current.close()
+        if call is not None and call.ended is not None:
+            call.ended.clear()  # each of them holds this call
 
     def generate(self, *args: Any, instruction_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the prompt it is called with as the prompt of all its steps.

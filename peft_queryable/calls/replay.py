@@ -32,7 +32,7 @@ class AdapterReplay:
     gate_values = None
 
     def __init__(self, call: AdapterCall) -> None:
-        self.call, self.batch, self.rows, self.by_row = call, call.batch, call.rows, call.by_row
+        self.call, self.rows, self.by_row, self.tokens_per_row = call, call.rows, call.by_row, call.tokens_per_row
 
     def route_for(self, block: int, layer: nn.Module) -> Route | None:
         return None if self.call.entries[block] is layer else self.call.routes[block]

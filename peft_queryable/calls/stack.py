@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .adapter_call import AdapterCall, RunningCall
+from .cache import cached_length, find_cache
 from .current import Current
 from .model_call import ModelHooks
 from .plan import Plan
@@ -23,6 +24,7 @@ class Stack:
         name: its name in messages and caches.
         owner: the module whose call runs the layers.
         reads_memory: whether its modules see an encoder's output, which they cross-attend to.
+        is_loose: whether it stands outside every list of layers, and so may read the output of another stack.
         takes_labels: whether labels and prompts of the model call are about this stack's tokens.
         model_hooks: tells what the model call says.
         currents: the running calls of all stacks of the model; this stack adds its own.
@@ -33,11 +35,12 @@ class Stack:
         name: str,
         owner: nn.Module,
         reads_memory: bool,
+        is_loose: bool,
         takes_labels: bool,
         model_hooks: ModelHooks,
         currents: list[Current],
     ) -> None:
-        self.name, self.reads_memory, self.takes_labels = name, reads_memory, takes_labels
+        self.name, self.reads_memory, self.is_loose, self.takes_labels = name, reads_memory, is_loose, takes_labels
         self.model_hooks, self.currents = model_hooks, currents
         self.current = Current()
         currents.append(self.current)
@@ -95,11 +98,14 @@ class Stack:
             model_call=self.model_hooks.call,
             arguments=arguments,
             inputs=leading_tensor(arguments),
+            past=cached_length(find_cache(arguments)),
             takes_labels=self.takes_labels,
             is_training=owner.training,
             is_checkpointing=owner.training and self._bind_checkpoints(),
         )
         stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
+        if self.is_loose:
+            stack_call = stack_call.reading()
         call = RunningCall(stack_call, self.plans)
         self.current.open(call)
         for plan in self.model_hooks.active_plans():

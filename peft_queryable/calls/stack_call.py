@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..method.scope import Tokens
-from .cache import cached_length, find_cache
+from .cache import find_cache
 from .model_call import ModelCall
 from .plan import Plan
 from .rows import Rows
-from .tokens import read_tokens
+from .tokens import has_tokens, read_tokens
+
+_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "hidden_states")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class StackCall:
         arguments: arguments of the stack's call, by name.
         inputs: the one of them that tells rows and tokens: token ids [B, T], hidden states [B, T, d], or other inputs
             [B, ...].
+        past: number of tokens per row that the cache holds before the call.
         takes_labels: whether labels and prompts of the model call are about this stack's tokens.
         is_training: whether the stack is in training mode.
         is_checkpointing: whether layers will run again in the backward pass.
@@ -37,6 +40,7 @@ class StackCall:
     model_call: ModelCall
     arguments: dict[str, Any]
     inputs: Tensor
+    past: int
     takes_labels: bool
     is_training: bool
     is_checkpointing: bool
@@ -45,6 +49,12 @@ class StackCall:
     def batch(self) -> int:
         """Number B of rows."""
         return self.inputs.shape[0]
+
+    @property
+    def length(self) -> int | None:
+        """Number T of tokens per row; None where the inputs have no token axis that is known for one."""
+        is_named = any(self.inputs is self.arguments.get(name) for name in _TOKEN_ARGUMENTS)
+        return self.inputs.shape[1] if is_named and has_tokens(self.inputs) else None
 
     @property
     def cache(self) -> Cache | None:
@@ -66,10 +76,11 @@ class StackCall:
         tokens = read_tokens(
             self.inputs,
             self.arguments,
-            past=cached_length(self.cache),
+            past=self.past,
             labels=outer.labels,
             prompt_mask=outer.prompt_mask,
             prompt_length=outer.prompt_length,
+            is_per_token=plan.scope.is_per_token,
         )
         if self.takes_labels and plan.scope.needs_prompt and tokens.prompt is None and not outer.is_generating:
             self._miss_prompt(plan.adapter_name)
@@ -90,6 +101,34 @@ class StackCall:
         if not torch.compiler.is_compiling():
             warnings.warn(f"{message}. All its tokens count as the prompt.", stacklevel=2)
 
+    def reading(self) -> StackCall:
+        """This call of a stack outside of all layers, with the tokens of the stack whose output it reads.
+
+        That is the last of the model call's stacks that has ended and had as many rows and tokens.
+
+        Raises:
+            ValueError: if it reads no stack, and the model call's mask hides tokens that are not this call's.
+        """
+        ended, mask = self.model_call.ended or [], self.model_call.attention_mask
+        inputs = self.inputs
+        if not has_tokens(inputs):
+            return self  # a vector per sequence, or none of the layouts that tell tokens
+        for source in reversed(ended):
+            if source.batch == self.batch and source.length == inputs.shape[1]:
+                own = {"stack": self.stack, "is_checkpointing": self.is_checkpointing}
+                return replace(source, **own)
+        if ended or mask is None or "attention_mask" in self.arguments:
+            return self
+        if mask.shape == inputs.shape[:2]:
+            return replace(self, arguments={**self.arguments, "attention_mask": mask})
+        if not torch.compiler.is_compiling() and not mask.all():
+            raise ValueError(
+                f"{self.stack} runs before the layers, on {inputs.shape[1]} tokens per row, and the attention mask of "
+                f"the model's call is about {mask.shape[1]}: which of its tokens are padding is not known. Exclude it "
+                f"with `exclude_modules=r'{self.stack}.*'`, or pass rows of one length."
+            )
+        return self
+
     def instruction(self, plan: Plan) -> Tensor | None:
         """The embeddings that an adapter follows, [B, d_c] or [1, d_c]; None for its default."""
         return self.model_call.instruction(plan, self.batch)
@@ -101,7 +140,7 @@ def leading_tensor(arguments: dict[str, Any]) -> Tensor:
     Raises:
         ValueError: for a call without any tensor.
     """
-    named = [arguments.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states")]
+    named = [arguments.get(name) for name in _TOKEN_ARGUMENTS]
     for value in (*named, *arguments.values()):
         if isinstance(value, Tensor) and value.ndim > 0:
             return value

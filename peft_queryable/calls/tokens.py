@@ -20,6 +20,7 @@ def read_tokens(
     labels: Tensor | None = None,
     prompt_mask: Tensor | None = None,
     prompt_length: int | None = None,
+    is_per_token: bool = True,
 ) -> Tokens:
     """The tokens of a call of a stack.
 
@@ -30,50 +31,96 @@ def read_tokens(
         labels: [B, T], of the tokens they stand at; see [`prompt_tokens`].
         prompt_mask: [B, T]; see [`prompt_tokens`].
         prompt_length: number of leading tokens of each row that are its prompt.
+        is_per_token: whether each token has a route of its own, which may see what the token sees.
+
+    Raises:
+        ValueError: if the mask tells neither which tokens are padding nor which of them a sequence has.
     """
     batch = inputs.shape[0]
-    has_tokens = inputs.ndim == (3 if inputs.is_floating_point() else 2)
-    length = inputs.shape[1] if has_tokens else None
+    length = inputs.shape[1] if has_tokens(inputs) else None
     segments = packed_segments(kwargs, batch, length) if past == 0 else None
     if labels is not None and (labels.ndim != 2 or labels.is_floating_point()):
         labels = None  # of whole sequences, not of tokens
-    real = real_tokens(kwargs.get("attention_mask"), batch)
+    mask = widest_mask(kwargs.get("attention_mask"))
+    real, visible = real_tokens(mask, batch), None
     if real is not None and length is not None:
+        if mask.ndim == 2 and real.shape[1] != past + length:
+            raise ValueError(
+                f"The call has {length} tokens per row and {past} in its cache, but its attention mask is about "
+                f"{real.shape[1]}: no route sees a token that is neither in the call nor in a `transformers` cache. "
+                "Pass a mask of the call's tokens, and `use_cache=False` if the model keeps earlier ones elsewhere."
+            )
         real = real[:, past : past + length]  # of the call's own tokens
+        if mask.ndim == 4 and mask.shape[-2] == length > 1 and past == 0:
+            visible = is_visible(mask)[:, 0, :, :length].expand(batch, -1, -1)
+            if not is_per_token:
+                check_rows(visible, real)
     given = None
     if prompt_length is not None and past == 0:
         given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
     # The outermost call's own, which accelerate has not moved yet where it moves inputs to the model's device.
     labels, prompt_mask = (None if t is None else t.to(inputs.device) for t in (labels, prompt_mask))
-    return Tokens(real, prompt_tokens(labels, prompt_mask, real, segments), given, segments)
+    return Tokens(real, prompt_tokens(labels, prompt_mask, real, segments), given, segments, visible)
 
 
-def real_tokens(attention_mask: Any, batch: int) -> Tensor | None:
+def has_tokens(inputs: Tensor) -> bool:
+    """Whether a call's leading tensor has a token axis: token ids [B, T] or hidden states [B, T, d]."""
+    return inputs.ndim == (3 if inputs.is_floating_point() else 2)
+
+
+def widest_mask(attention_mask: Any) -> Any:
+    """The mask that hides least among those of several layer types, with a head axis if it is about token pairs."""
+    if isinstance(attention_mask, Mapping):  # one per layer type: sliding windows hide tokens
+        masks = [m for name, m in attention_mask.items() if name == "full_attention"] or list(attention_mask.values())
+        attention_mask = masks[0]
+    is_pairs = isinstance(attention_mask, Tensor) and attention_mask.ndim == 3
+    return attention_mask.unsqueeze(1) if is_pairs else attention_mask
+
+
+def is_visible(mask: Tensor) -> Tensor:
+    """The mask [B, 1, T, S], bool or additive, as bool: True where a query may attend to a key."""
+    return mask if mask.dtype == torch.bool else mask.bool() if not mask.is_floating_point() else mask >= 0
+
+
+def real_tokens(mask: Any, batch: int) -> Tensor | None:
     """Real tokens [B, S], cached ones included, told from the mask that attention gets; None if it masks none.
 
-    `attention_mask` is what transformers passes to a stack of layers: None; [B, S], over cached tokens too;
-    [B, 1, T, S], bool or additive; or a dict of such masks, one a layer type. In a mask of four dimensions, a token is
-    real if some query of the call may attend to it.
+    Args:
+        mask: what transformers passes to a stack of layers, or a dict of such masks by layer type: None; [B, S], over
+            cached tokens too; or [B, 1, T, S], bool or additive, in which a token is real if some query of the call
+            may attend to it.
+        batch: number B of rows.
 
     Raises:
         ValueError: for a mask of another shape.
     """
-    if isinstance(attention_mask, Mapping):  # one a layer type; sliding windows hide tokens, so the widest is meant
-        masks = [m for name, m in attention_mask.items() if name == "full_attention"] or list(attention_mask.values())
-        attention_mask = masks[0]
-    if attention_mask is None:
+    mask = widest_mask(mask)
+    if mask is None:
         return None
-    is_tensor = isinstance(attention_mask, Tensor)
-    if is_tensor and attention_mask.ndim == 2:
-        return attention_mask.bool().expand(batch, -1)
-    if is_tensor and attention_mask.ndim == 4:
-        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        return visible[:, 0].any(-2).expand(batch, -1)  # [B, S]
-    kind = f"shape {tuple(attention_mask.shape)}" if is_tensor else f"type {type(attention_mask).__name__}"
+    is_tensor = isinstance(mask, Tensor)
+    if is_tensor and mask.ndim == 2:
+        return mask.bool().expand(batch, -1)
+    if is_tensor and mask.ndim == 4:
+        return is_visible(mask)[:, 0].any(-2).expand(batch, -1)  # [B, S]
+    kind = f"shape {tuple(mask.shape)}" if is_tensor else f"type {type(mask).__name__}"
     raise ValueError(
         f"An attention mask of {kind} does not tell which tokens are padding: pass one of shape [batch, tokens] or "
         "[batch, 1, queries, keys], and use `attn_implementation='sdpa'` if the model makes another from it."
     )
+
+
+def check_rows(visible: Tensor, real: Tensor) -> None:
+    """Raise a ValueError unless `visible` [B, T, T] is the mask of one sequence per row, of tokens `real` [B, T]."""
+    if torch.compiler.is_compiling():
+        return  # values are not known while a graph is made
+    everything = real.unsqueeze(1).expand_as(visible)
+    fits = (visible == everything) | (visible == everything.tril()) | ~real.unsqueeze(-1)
+    if not fits.all():
+        raise ValueError(
+            "The attention mask [batch, 1, tokens, tokens] hides tokens from each other, as in packed sequences or a "
+            "tree, so that no route can serve a whole row. Use `routing_scope='causal'`, whose routes see what their "
+            "token sees, or tell packed sequences by `position_ids` that restart."
+        )
 
 
 def packed_segments(kwargs: Mapping[str, Any], batch: int, length: int | None = None) -> Tensor | None:
@@ -86,6 +133,8 @@ def packed_segments(kwargs: Mapping[str, Any], batch: int, length: int | None = 
     if isinstance(seq_idx := kwargs.get("seq_idx"), Tensor):
         return seq_idx.long().expand(batch, -1)
     positions = kwargs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 3:  # Qwen-VL's: of text, then time, height and width
+        positions = positions[0] if positions.shape[0] == 4 else None
     if length is None and isinstance(positions, Tensor):
         length = positions.shape[-1]
     if isinstance(bounds := kwargs.get("cu_seq_lens_q"), Tensor) and length is not None:

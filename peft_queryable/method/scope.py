@@ -24,16 +24,19 @@ class Tokens:
         generation_prompt: [B, T] bool, True for the tokens that `generate` was called with.
         segments: [B, T] int64, index of the token's sequence within its packed row, in order from 0; None where each
             row is one sequence.
+        visible: [B, T, T] bool, True where token t may see token j, if the attention mask says so for each pair; it
+            then takes the place of `segments`.
     """
 
     real: Tensor | None = None
     prompt: Tensor | None = None
     generation_prompt: Tensor | None = None
     segments: Tensor | None = None
+    visible: Tensor | None = None
 
     def of_rows(self, index: Tensor) -> Tokens:
         """The tokens of the rows `index` [n] alone."""
-        masks = (self.real, self.prompt, self.generation_prompt, self.segments)
+        masks = (self.real, self.prompt, self.generation_prompt, self.segments, self.visible)
         return Tokens(*(None if mask is None else mask[index.to(mask.device)] for mask in masks))
 
 
@@ -96,6 +99,7 @@ class Pool:
         masks = [mask for mask in scope.masks(tokens) if mask is not None]
         self.mask = torch.stack(masks).all(0).unsqueeze(-1) if masks else None  # [B, T, 1]
         self.unseen = None if self.mask is None else ~self.mask
+        self.visible = tokens.visible.tril() if self.is_per_token and tokens.visible is not None else None
 
     def sum(self, states: Tensor) -> Tensor:
         """Sums of `states` [B, T, r] in at least float32: [B, T, r], or [B, 1, r] where one serves a whole row.
@@ -105,10 +109,11 @@ class Pool:
         """
         states = states.to(torch.promote_types(states.dtype, torch.float32))
         length = states.shape[1]
-        if length == 1 and not self.is_per_token:
+        masks = [mask for mask in (self.mask, self.segments, self.visible) if mask is not None]
+        if length == 1 and (not self.is_per_token or any(mask.shape[1] > 1 for mask in masks)):
             return states  # one vector per sequence, as a pooler or a classifier gets: there is no token to leave out
-        for mask in (self.mask, self.segments):
-            if mask is not None and mask.shape[1] != length:
+        for mask in masks:
+            if mask.shape[1] != length:
                 raise ValueError(
                     f"The activations of an adapted module have {length} tokens per row, but the masks or positions "
                     f"of the call have {mask.shape[1]}. Exclude modules that see other tokens than their stack, with "
@@ -118,6 +123,8 @@ class Pool:
             states = states.masked_fill(self.unseen.to(states.device), 0)
         if length == 1:
             return states
+        if self.visible is not None:
+            return self.visible.to(states) @ states
         segments = self.segments.to(states.device) if self.segments is not None else None
         return segment_cumsum(states, segments) if self.is_per_token else segment_sum(states, segments)
 

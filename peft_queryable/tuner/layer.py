@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..calls.adapter_call import AdapterCall
+from ..calls.adapter_call import AdapterCall, check_layout
 from ..calls.replay import AdapterReplay
 from ..config import MOVING_INITIALISATIONS, QueryableLoraConfig
 from ..method.atoms import Weight
@@ -103,6 +103,7 @@ class Linear(nn.Module, QueryableLoraLayer):
             if call.rows is None:
                 result = self._add_update(result, x, adapter_name, call)
             else:  # the adapter serves a part of the batch
+                check_layout(x, call.rows.batch, call.tokens_per_row)
                 updated = self._add_update(call.rows.take(result), call.rows.take(x), adapter_name, call)
                 result = call.rows.put(result, updated)
         return result.to(dtype)

@@ -46,10 +46,12 @@ class StackKey(NamedTuple):
     Args:
         owner: name of the module whose call runs the layers, "" for the model itself.
         reads_memory: whether the stack is made of the cross-attention projections that read an encoder's output.
+        is_loose: whether it stands outside every list of layers of a model that has some: a head, a connector.
     """
 
     owner: str
     reads_memory: bool = False
+    is_loose: bool = False
 
     def __str__(self) -> str:
         return (self.owner or "the model") + (" (cross-attention)" if self.reads_memory else "")
@@ -136,7 +138,8 @@ def find_stacks(model: nn.Module, names: Sequence[str]) -> dict[StackKey, list[l
     for name in names:
         owner, layer = layer_of[name] or (_loose_owner(name, owners), name)
         reads_memory = bool(_CROSS_ATTENTION.search(name) and _MEMORY_PROJECTION.fullmatch(name.rpartition(".")[2]))
-        stacks.setdefault(StackKey(owner, reads_memory), {}).setdefault(layer, []).append(name)
+        key = StackKey(owner, reads_memory, is_loose=bool(owners) and owner not in owners)
+        stacks.setdefault(key, {}).setdefault(layer, []).append(name)
     return {key: list(layers.values()) for key, layers in stacks.items()}
 
 
@@ -207,7 +210,9 @@ class Stacks:
         if key not in self.by_key:
             owner = self.model.get_submodule(key.owner)
             takes_labels = not key.reads_memory and not sees_all(self.model, key.owner)
-            self.by_key[key] = Stack(str(key), owner, key.reads_memory, takes_labels, self.model_hooks, self.currents)
+            self.by_key[key] = Stack(
+                str(key), owner, key.reads_memory, key.is_loose, takes_labels, self.model_hooks, self.currents
+            )
         return self.by_key[key]
 
     def forget(self, adapter_name: str) -> None:

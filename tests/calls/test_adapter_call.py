@@ -44,7 +44,7 @@ def test_flattened_activations(targets, scope):
 
 
 def test_rows_that_are_not_rows_are_refused():
-    """Activations whose leading dimension is no multiple of the batch raise a ValueError with both and a remedy."""
+    """Activations whose leading dimension is not the batch raise a ValueError with their shape and a remedy."""
 
     class Regroup(nn.Module):
         def __init__(self):
@@ -55,5 +55,7 @@ def test_rows_that_are_not_rows_are_refused():
             return self.inner(x.view(-1, 4))
 
     model = adapted(Regroup(), target_modules=["inner"])
-    with pytest.raises(ValueError, match=r"leading dimension is 5 .* batch size 2.*`exclude_modules`"):
+    with pytest.raises(ValueError, match=r"shape \[5, 'features'\] .* batch size 2, .*`exclude_modules`"):
         model(torch.randn(2, 10))
+    with pytest.raises(ValueError, match=r"shape \[4, 'features'\] .* batch size 2, .*`exclude_modules`"):
+        model(torch.randn(2, 8))  # twice the batch: sizes that happen to divide are no evidence

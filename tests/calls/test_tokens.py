@@ -106,11 +106,11 @@ def test_no_mask_masks_nothing():
 @pytest.mark.parametrize(
     "mask",
     [
-        torch.ones(2, 4, 4),
+        torch.ones(2, 1, 1, 4, 4),
         torch.ones(4),
         create_block_mask(lambda b, h, q, k: k < 2, B=1, H=None, Q_LEN=4, KV_LEN=4, device="cpu"),
     ],
-    ids=["three axes", "one axis", "flex attention"],
+    ids=["five axes", "one axis", "flex attention"],
 )
 def test_unknown_masks_are_refused(mask):
     """A mask that does not tell which tokens are padding raises a ValueError: counting padding would be silent."""

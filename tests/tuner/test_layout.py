@@ -129,8 +129,8 @@ def test_loose_modules():
     names = ["body.project_in", "body.layers.0", "body.layers.1.0", "body.layers.1.1", "pooler.0", "head"]
     assert find_stacks(Loose(), names) == {
         StackKey("body"): [["body.project_in"], ["body.layers.0"], ["body.layers.1.0", "body.layers.1.1"]],
-        StackKey("pooler"): [["pooler.0"]],
-        StackKey(""): [["head"]],
+        StackKey("pooler", is_loose=True): [["pooler.0"]],
+        StackKey("", is_loose=True): [["head"]],
     }
 
 
