@@ -30,7 +30,8 @@ from .runs import RUNS, Run, Runner, largest
 from .sequences import Batch, num_rows
 
 FACTOR = 8  # times plain LoRA's own rounding
-FLOOR = 32  # times the dtype's epsilon and the size of the outputs: where LoRA happens to round to nothing
+SLACK = 4  # times what one rounding of A moves the outputs by: a router can make more of a rounding than LoRA does
+FLOOR = 8  # times the dtype's epsilon and the size of the outputs
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -91,16 +92,18 @@ def _check(model: PeftModel, batch: Batch, progress: bool) -> CheckReport:
         )
         randomise(copied)
         effect = routing_effect(run, plain)
-    size = size_of(plain.output(batch))
+    size, moved = size_of(plain.output(batch)), rounding_effect(run, eps)
+    floor = max(SLACK * moved, FLOOR * eps * size)
     report.notes += [
         f"Sight: a wrong route would move the outputs by about {effect:.1e} of their size, which is {size:.1e}.",
-        f"Allowed: {FACTOR} times plain LoRA's own difference, or {FLOOR} epsilons ({eps:.1e}) of that size.",
+        f"Allowed: {FACTOR} times plain LoRA's own difference; at least {SLACK} times the {moved:.1e} by which one "
+        f"rounding ({eps:.1e}) of A moves the outputs, and {FLOOR} roundings of their size.",
     ]
-    if effect < 4 * FLOOR * eps:
+    if effect * size < 2 * floor:
         report.notes.append("Weak: rounding can hide a wrong route here; load the model in float32 to see more.")
     for name in (bar := tqdm(RUNS, disable=not progress, leave=False)):
         bar.set_description(name)
-        report.checks.append(compare(name, RUNS[name], run, plain, eps, size))
+        report.checks.append(compare(name, RUNS[name], run, plain, floor, eps**0.5 * size))
     return report
 
 
@@ -175,8 +178,31 @@ def routing_effect(run: Runner, plain: Runner) -> float:
     return spread * largest([routed], [unrouted]) / size_of(unrouted)
 
 
-def compare(name: str, compute: Run, run: Runner, plain: Runner, eps: float, size: float) -> Check:
-    """Run one check with the model and with plain LoRA, and judge."""
+@torch.no_grad()
+def rounding_effect(run: Runner, eps: float) -> float:
+    """How far the outputs move when every number of A moves by one rounding, `eps` of itself."""
+    expected = run.output(run.batch)
+    factors = [part.weight for _, layer in layers_of(run.model) for part in layer.lora_A.values()]
+    kept = [weight.clone() for weight in factors]
+    for weight in factors:
+        weight.mul_(1 + eps * torch.randn_like(weight).sign())
+    moved = run.output(run.batch)
+    for weight, old in zip(factors, kept, strict=True):
+        weight.copy_(old)
+    return largest([moved], [expected])
+
+
+def compare(name: str, compute: Run, run: Runner, plain: Runner, floor: float, ceiling: float) -> Check:
+    """Run one check with the model and with plain LoRA, and judge.
+
+    Args:
+        name: its name.
+        compute: the check.
+        run: the model.
+        plain: plain LoRA in its place.
+        floor: a difference that is rounding in any case.
+        ceiling: a difference of plain LoRA's that cannot be rounding.
+    """
     try:
         lora = compute(plain)
     except Exception as error:
@@ -189,9 +215,9 @@ def compare(name: str, compute: Run, run: Runner, plain: Runner, eps: float, siz
         return Check(name, REFUSED if is_refusal(error) else RAISES, lora=lora, reason=_said(error))
     if isinstance(difference, str):
         return Check(name, NOT_APPLICABLE, reason=difference)
-    allowed = max(FACTOR * lora, FLOOR * eps * size)
-    if not lora <= eps**0.5 * size:
+    if not lora <= ceiling:
         return Check(name, BASE_DIFFERS, difference, lora)
+    allowed = max(FACTOR * lora, floor)
     return Check(name, OK if difference <= allowed else DIFFERS, difference, lora, allowed)
 
 
