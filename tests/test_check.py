@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.architectures import ARCHITECTURES as SPEECH
 from helpers.models import (
     ARCHITECTURES,
     adapted,
@@ -153,6 +154,20 @@ def test_labels_and_instructions_go_with_their_rows():
     report = check_model(model, batch | {"labels": labels, "instruction_embeds": torch.randn(3, 5)})
     assert report.passed
     assert {name for name, verdict in verdicts(report).items() if verdict != "ok"} == {"packed in one row"}
+
+
+def test_a_decoder_beside_speech():
+    """Without `input_ids`, the decoder's tokens are still changed and decoded with a cache."""
+    whisper = SPEECH["Whisper"]
+    report = check_model(adapted(whisper.build(), target_modules="all-linear"), whisper.inputs())
+    assert report.passed
+    assert {name for name, verdict in verdicts(report).items() if verdict == "ok"} == {
+        "rows alone",
+        "rows in another order",
+        "later tokens changed",
+        "cached steps",
+        "saved and loaded",
+    }
 
 
 def test_two_active_adapters():

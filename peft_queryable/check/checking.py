@@ -54,6 +54,7 @@ def check_model(model: PeftModel, batch: Mapping[str, Any], progress: bool = Fal
     Raises:
         TypeError: if `model` is no `PeftModel` with Queryable LoRA.
         ValueError: if the batch has fewer than two rows, or names an adapter for each.
+        Exception: what the model raises on the batch as it is.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, QueryableLoraModel):

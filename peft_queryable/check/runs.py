@@ -17,9 +17,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .copies import moves_base, reloaded
-from .sequences import Batch, Sequences, num_rows, select
+from .sequences import SUPERVISION, Batch, Sequences, num_rows, select
 
 STEPS = 8  # tokens decoded one by one, at most
+NO_TOKENS, NO_GENERATION = "the batch has no tokens", "the model does not generate"
 _OURS = ("prompt_mask", "instruction_embeds")  # arguments that the base model does not take
 
 
@@ -76,17 +77,25 @@ class Runner:
 
     @cached_property
     def has_tokens(self) -> bool:
+        """Whether the batch has `input_ids`."""
         return isinstance(self.batch.get("input_ids"), Tensor)
+
+    @cached_property
+    def token_names(self) -> list[str]:
+        """Names of the tensors that hold one value for each of `input_ids`."""
+        return self.sequences.names if self.has_tokens else []
 
     @cached_property
     def prompt(self) -> int:
         """Number of tokens of each row of `even` before those that are changed or decoded."""
         length = self.even[self.leading].shape[1]
-        return length - min(STEPS, length // 2)
+        return length - max(1, min(STEPS, length // 3))
 
     @cached_property
     def even(self) -> Batch:
         """The batch without padding: the first tokens of each sequence, as many as the shortest has."""
+        if not self.has_tokens:  # but speech, say, beside a decoder's tokens
+            return {name: value for name, value in self.batch.items() if name not in SUPERVISION}
         return self.sequences.cut(min(self.sequences.lengths))
 
     @cached_property
@@ -155,14 +164,14 @@ def padded_right(run: Runner) -> float | str:
 
 def _padded(run: Runner, side: str) -> float | str:
     if not run.has_tokens or "attention_mask" not in run.arguments:
-        return "the model takes no input_ids with an attention_mask"
+        return "the batch has no input_ids, or the model takes no attention_mask"
     return largest(run.by_row(run.sequences.padded(side, run.pad_token_id)), run.apart)
 
 
 def later_tokens(run: Runner) -> float | str:
     """Outputs of the tokens before one that is changed."""
-    if not run.has_tokens:
-        return "the model takes no input_ids"
+    if run.leading not in run.batch:
+        return NO_TOKENS
     if run.scopes() <= {"sequence"}:
         return "in scope sequence every token is routed by the whole sequence"
     if run.even[run.leading].shape[1] < 2 or not run._is_per_token(run.even_output, run.even[run.leading]):
@@ -175,8 +184,10 @@ def later_tokens(run: Runner) -> float | str:
 
 def cached_steps(run: Runner) -> float | str:
     """One forward over the whole, against a prefill and then token by token with a cache."""
-    if not run.has_tokens or not can_generate(run.base):
-        return "the model does not generate"
+    if not can_generate(run.base):
+        return NO_GENERATION
+    if run.leading not in run.batch:
+        return NO_TOKENS
     if run.is_sequence():
         return "in scope sequence, generation is routed by the prompt alone"
     ids, start = run.even[run.leading], run.prompt
@@ -197,16 +208,18 @@ def _piece(run: Runner, first: int, last: int) -> Batch:
     """The arguments of a call for the tokens from `first` to `last` of `even`."""
     kept = run.even
     if not run.is_encoder_decoder:
-        kept = {n: v[:, first:last] if n in run.sequences.names else v for n, v in run.even.items()}
+        kept = {n: v[:, first:last] if n in run.token_names else v for n, v in run.even.items()}
         if first > 0:  # images and the like went in with the prompt
-            kept = {n: v for n, v in kept.items() if n in run.sequences.names or n == "instruction_embeds"}
+            kept = {n: v for n, v in kept.items() if n in run.token_names or n == "instruction_embeds"}
     return {**kept, run.leading: run.even[run.leading][:, first:last], "use_cache": True}
 
 
 def generate(run: Runner) -> float | str:
     """Logits of greedy decoding with a cache and without, as long as both chose the same tokens."""
-    if not run.has_tokens or not can_generate(run.base):
-        return "the model does not generate"
+    if not can_generate(run.base):
+        return NO_GENERATION
+    if not run.has_tokens:
+        return NO_TOKENS
     dropped = ("labels", "prompt_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
     padded = run.sequences.padded("left", run.pad_token_id) if "attention_mask" in run.arguments else run.even
     batch = {name: value for name, value in padded.items() if name not in dropped}
@@ -228,8 +241,10 @@ def can_generate(base: nn.Module) -> bool:
 
 def packed(run: Runner) -> float | str:
     """All sequences in one row, told apart by `position_ids`, against each alone."""
-    if not run.has_tokens or run.is_encoder_decoder or "position_ids" not in run.arguments:
-        return "the model takes no input_ids with position_ids"
+    if not run.has_tokens:
+        return NO_TOKENS
+    if "position_ids" not in run.arguments:
+        return "the model takes no position_ids"
     if not run.sequences.has_tokens_alone:
         return "the batch has more in it than tokens, which a packed row cannot share out"
     settings = {"use_cache": False} if "use_cache" in run.arguments else {}

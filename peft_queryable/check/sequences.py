@@ -15,7 +15,7 @@ from ..calls.tokens import IGNORE_INDEX
 Batch = dict[str, Any]
 
 _TOKENS = ("input_ids", "token_type_ids", "mm_token_type_ids", "position_ids")
-_SUPERVISION = ("labels", "prompt_mask")
+SUPERVISION = ("labels", "prompt_mask")
 
 
 def num_rows(batch: Batch) -> int:
@@ -55,7 +55,7 @@ class Sequences:
 
     def __init__(self, batch: Batch, is_encoder_decoder: bool, adds_positions: bool) -> None:
         ids = batch["input_ids"]
-        names = _TOKENS if is_encoder_decoder else _TOKENS + _SUPERVISION
+        names = _TOKENS if is_encoder_decoder else _TOKENS + SUPERVISION
         self.names = [n for n in names if isinstance(batch.get(n), Tensor) and batch[n].shape == ids.shape]
         mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
         self.rows = [self._row(select(batch, [i]), mask[i], adds_positions) for i in range(len(ids))]
@@ -77,7 +77,7 @@ class Sequences:
     @property
     def has_tokens_alone(self) -> bool:
         """Whether there is nothing else in the batch, such as images or instructions."""
-        return set(self.rows[0]) <= {*self.names, *_SUPERVISION}
+        return set(self.rows[0]) <= {*self.names, *SUPERVISION}
 
     def padded(self, side: str, pad_token_id: int) -> Batch:
         """All sequences as one batch, with at least two tokens of padding in each row, on the left or the right."""
@@ -97,5 +97,5 @@ class Sequences:
 
     def cut(self, length: int) -> Batch:
         """The first `length` tokens of each sequence as one batch, without padding, labels and prompts."""
-        kept = [name for name in self.rows[0] if name not in (*_SUPERVISION, "position_ids")]
+        kept = [name for name in self.rows[0] if name not in (*SUPERVISION, "position_ids")]
         return joined([{n: row[n][:, :length] if n in self.names else row[n] for n in kept} for row in self.rows])
