@@ -1,6 +1,8 @@
 """Queryable LoRA for PEFT: importing this package registers the tuner type `QUERYABLE_LORA`."""
 
 from .card import model_card
+from .check.checking import check_model
+from .check.report import Check, CheckReport, StackFound
 from .encoders import BackboneEncoder, InstructionEncoder, SentenceEncoder
 from .instruction import InstructionCollator, set_default_instruction, use_instructions
 from .tracing import RoutedCall, RoutingTrace, record_routing
@@ -9,6 +11,8 @@ from .version import __version__
 
 __all__ = [
     "BackboneEncoder",
+    "Check",
+    "CheckReport",
     "InstructionCollator",
     "InstructionEncoder",
     "QueryableLoraConfig",
@@ -16,7 +20,9 @@ __all__ = [
     "RoutedCall",
     "RoutingTrace",
     "SentenceEncoder",
+    "StackFound",
     "__version__",
+    "check_model",
     "model_card",
     "record_routing",
     "set_default_instruction",

@@ -17,6 +17,7 @@ LEVELS = (
     ("card", "config", "encoders"),
     ("tuner.",),
     ("instruction", "tracing"),
+    ("check.",),
     ("__init__", "__main__"),
 )
 
