@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all quality style docs clean
+.PHONY: help venv demo test test-all peft-tests quality style docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: $(INSTALLED)  ## the tests, without the slow ones, each file on one core
 
 test-all: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+peft-tests: $(INSTALLED)  ## PEFT's own tests, fetched by pip into build/, with our method in place of its LoRA
+	PYTHONPATH=tests $(BIN)/python -m peft_suite
 
 quality: $(INSTALLED)  ## formatting, lint and types, changing nothing
 	$(BIN)/ruff format --check .

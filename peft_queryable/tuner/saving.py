@@ -8,6 +8,7 @@ from torch import Tensor
 
 ROUTER = "queryable_lora_router"
 _RENAMED = {"prior": "block_prior", "instruction": "default_instruction"}  # since checkpoint format 1
+_PARTS = {"lora_A", "lora_B", "queryable_lora_gate", ROUTER}
 _DEPTH = tuple(f".depth_{name}.weight" for name in ("value", "query", "key"))
 _CONVERSION = (
     "import sys; from safetensors.torch import load_file, save_file; tensors = load_file(sys.argv[1]); "
@@ -44,7 +45,7 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], a
             f'python -c "{_CONVERSION}" ADAPTER/adapter_model.safetensors'
         )
     problems = [f"{key}: missing" for key in expected if key not in found]
-    problems += [f"{key}: the adapter has no such tensor" for key in found.keys() - expected if "lora_" in key]
+    problems += [f"{key}: the adapter has no such tensor" for key in found.keys() - expected if _is_ours(key)]
     problems += [
         f"{key}: {tuple(found[key].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
         for key, tensor in expected.items()
@@ -63,6 +64,11 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], a
             f"{', '.join(_some(broken))}. Load one from before the training diverged; if the file is damaged, "
             "download it again."
         )
+
+
+def _is_ours(key: str) -> bool:
+    """Whether a tensor is the method's or LoRA's, by a part of its name: a base model may have a `lora_head`."""
+    return not _PARTS.isdisjoint(key.split("."))
 
 
 def _some(items: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from helpers.models import (
     text,
     train_step,
 )
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -228,6 +228,30 @@ def test_idle_depth_projections_are_passed_over(tmp_path, base):
     rewrite(tmp_path, lambda tensors: tensors.update(idle))
     loaded = PeftModel.from_pretrained(base, tmp_path)
     saved = get_peft_model_state_dict(model)
+    torch.testing.assert_close(get_peft_model_state_dict(loaded), saved, rtol=0, atol=0)
+
+
+class Headed(nn.Module):
+    """A base model with a module called as a tensor of ours might be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lora_head = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lora_head(self.first(x))
+
+
+@pytest.mark.parametrize("config_class", [LoraConfig, QueryableLoraConfig], ids=lambda config: config.__name__)
+def test_a_module_may_be_called_lora(tmp_path, config_class):
+    """A module that trains in full is none of the method's tensors, whatever its name; as plain LoRA."""
+    config = config_class(r=2, target_modules=["first"], modules_to_save=["lora_head"])
+    model = get_peft_model(Headed(), config)
+    nn.init.normal_(model.base_model.model.lora_head.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Headed(), tmp_path)
+    saved = get_peft_model_state_dict(model)
+    assert "base_model.model.lora_head.weight" in saved
     torch.testing.assert_close(get_peft_model_state_dict(loaded), saved, rtol=0, atol=0)
 
 
