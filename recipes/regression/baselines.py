@@ -58,6 +58,7 @@ def config(method: str, backbone: Transformer | MLP) -> PeftConfig:
         "top_k": 2,
         "num_blocks": 4,
         "router_dim": 8,  # leaves room for the instruction
+        "routing_scope": "sequence",  # the paper's pooling; `auto` cannot know that no coordinate predicts another
         "instruction_dim": INSTRUCTION_DIM if method == "instruction" else None,
     }
     return QueryableLoraConfig(**{**ours, **VARIANTS.get(method, Variant()).config})
