@@ -119,16 +119,18 @@ class Linear(nn.Module, QueryableLoraLayer):
 
     def _add_update(self, result: Tensor, x: Tensor, adapter_name: str, call: AdapterCall | AdapterReplay) -> Tensor:
         lora_B, scaling, block = self.lora_B[adapter_name], self.scaling[adapter_name], self.places[adapter_name].block
-        weight = self.lora_A[adapter_name].weight
-        x = self.lora_dropout[adapter_name](self._cast_input_dtype(x, weight.dtype))
-        states = call.by_row(F.linear(x, weight))  # s, [B, T, r]
+        lora_A = self.lora_A[adapter_name]
+        x = self.lora_dropout[adapter_name](self._cast_input_dtype(x, lora_A.weight.dtype))
+        states = call.by_row(lora_A(x))  # s, [B, T, r]
         route = call.route_for(block, self)
         if route is None:
             route = call.choose(block, self, self._entry_states(adapter_name, x, states))
         call.keep(block, states)
-        states = route.apply(states, self._gate(adapter_name, states, call.gate_values), scaling)  # (alpha / r) t
-        bias = None if lora_B.bias is None else scaling * lora_B.bias
-        update = F.linear(states, lora_B.weight, bias)
+        gate = self._gate(adapter_name, states, call.gate_values)
+        if lora_B.bias is None:
+            update = lora_B(route.apply(states, gate, scaling))  # B (alpha / r) t
+        else:
+            update = scaling * lora_B(route.apply(states, gate, 1.0))
         if update.shape != result.shape:
             update = update.view(result.shape)
         if update.dtype != result.dtype:  # the sum is of the wider dtype, as LoRA's

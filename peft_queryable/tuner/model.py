@@ -27,7 +27,7 @@ from .layer import MERGE_REFUSAL, Linear, QueryableLoraLayer
 from .layout import Layout, Stacks, remove_hooks
 from .offload import onload
 from .saving import ROUTER, check_tensors, without_idle_depth
-from .targets import check_target
+from .targets import check_target, report_left_out, warn_experts
 
 BASE = "__base__"  # PEFT's name, in `adapter_names`, of no adapter
 
@@ -74,6 +74,7 @@ class QueryableLoraModel(BaseTuner):
     ) -> None:
         self._infer_instruction_dim(self.peft_config[adapter_name])
         config = self.peft_config[adapter_name]
+        self.left_out: dict[str, str] | None = {} if config.target_modules == "all-linear" else None
         trainable = {name: router.keys.weight.requires_grad for name, router in self.queryable_lora_router.items()}
         try:
             super().inject_adapter(
@@ -88,6 +89,7 @@ class QueryableLoraModel(BaseTuner):
                 layer.delete_adapter(adapter_name)
             raise
         layers = self._layers(adapter_name)
+        report_left_out(config, self.left_out or {}, is_any_adapted=bool(layers))
         layout = Layout.of(model, list(layers), config.num_blocks)
         # PEFT gives the empty layers of a new EVA adapter their weights when it has seen data, but knows of no bank.
         create = skip_init_on_device(Router) if config.init_lora_weights == "eva" else Router
@@ -100,6 +102,8 @@ class QueryableLoraModel(BaseTuner):
         trainable[adapter_name] = adapter_name in self.active_adapters and not config.inference_mode
         for name, requires_grad in trainable.items():
             self.queryable_lora_router[name].requires_grad_(requires_grad)
+        if trainable[adapter_name]:
+            warn_experts(model)
 
     def _infer_instruction_dim(self, config: QueryableLoraConfig) -> None:
         name = config.instruction_encoder
@@ -139,7 +143,8 @@ class QueryableLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        check_target(self.model, current_key, target)
+        if not check_target(self.model, current_key, target, self.left_out):
+            return
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), current_key), config.lora_alpha)
         if isinstance(target, QueryableLoraLayer):
             target.update_layer(adapter_name, config.r, lora_alpha=alpha, config=config, target_name=current_key)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import warnings
 from typing import Any
 
 from accelerate.utils import has_offloaded_params
@@ -12,15 +15,74 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..config import QueryableLoraConfig
 from .layer import QueryableLoraLayer
 
+_SEQUENCE_FIRST = ("fsmt", "xlnet")  # the models of transformers whose layers get [tokens, batch, features]
 
-def check_target(model: nn.Module, name: str, target: nn.Module) -> None:
-    """Raise a ValueError, with the reason and a remedy, if module `target` called `name` cannot be adapted."""
-    if reason := _refusal(model, name, target):
+
+def check_target(model: nn.Module, name: str, target: nn.Module, left_out: dict[str, str] | None) -> bool:
+    """Whether module `target` called `name` can be adapted.
+
+    Args:
+        model: the base model.
+        name: the module's name in it.
+        target: the module.
+        left_out: where `target_modules="all-linear"` asks for what can be adapted, by name the reasons of what cannot;
+            None where the configuration names its modules.
+
+    Raises:
+        ValueError: if it cannot, though the configuration names it.
+    """
+    reason = _refusal(model, name, target)
+    if reason is not None and left_out is None:
         raise ValueError(
             f"Module {name!r} cannot be adapted: {reason}. Leave it out of `target_modules`, or name it in "
             "`exclude_modules`."
+        )
+    if reason is not None and left_out is not None:
+        left_out[name] = reason
+    return reason is None
+
+
+def report_left_out(config: QueryableLoraConfig, left_out: dict[str, str], is_any_adapted: bool) -> None:
+    """Write what "all-linear" left out into `exclude_modules`, which is saved, and warn once.
+
+    Raises:
+        ValueError: if nothing is left to adapt.
+    """
+    if not left_out:
+        return
+    name, reason = next(iter(left_out.items()))
+    if not is_any_adapted:
+        raise ValueError(f"`target_modules='all-linear'` finds nothing that can be adapted. {name!r}: {reason}.")
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([f"({config.exclude_modules})", *map(re.escape, left_out)])
+    else:
+        config.exclude_modules = sorted({*(config.exclude_modules or []), *left_out})
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = [f"{names[0]!r} and {len(names) - 1} more: {reason}" for reason, names in by_reason.items()]
+    warnings.warn(
+        f"`target_modules='all-linear'` leaves out {len(left_out)} modules it cannot adapt: {'; '.join(lines)}.",
+        stacklevel=2,
+    )
+
+
+def warn_experts(model: nn.Module) -> None:
+    """Warn of experts whose weights are bare parameters, which no `target_modules` reaches."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if "expert" in type(module).__name__.lower() and any(p.ndim == 3 for p in module.parameters(recurse=False))
+    ]
+    if names:
+        warnings.warn(
+            f"The experts of this model keep their weights in bare parameters ({names[0]!r} and {len(names) - 1} "
+            "more), so they are not adapted: which sequence a token of an expert belongs to is not known. Attention "
+            "and other shared layers are.",
+            stacklevel=2,
         )
 
 
@@ -42,6 +104,8 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
         )
     if ".experts." in f".{name}.":
         return "it belongs to an expert, which gets loose tokens: their sequence, and so their route, is not known"
+    if reason := _unknown_layout(model, name):
+        return reason
     if _reads_positions(model, name):
         return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
     if not isinstance(model, PreTrainedModel):
@@ -52,6 +116,27 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
             "it is the language model's head, which runs outside the routed layers and, in generation, on a part of "
             "the tokens only; `modules_to_save` trains it in full"
         )
+    return None
+
+
+def _unknown_layout(model: nn.Module, name: str) -> str | None:
+    """Why the rows and tokens of module `name` are not known from the call that it runs in."""
+    if getattr(getattr(model, "config", None), "model_type", None) in _SEQUENCE_FIRST:
+        return "its model passes activations as [tokens, batch, features], so that rows would be taken for tokens"
+    module, path = model, [model]
+    for part in name.split(".")[:-1]:
+        module = module.get_submodule(part)
+        path.append(module)
+    for outer in path:
+        layer: Any = outer
+        if isinstance(outer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            if not layer.self_attn.batch_first:
+                return (
+                    "its activations are [tokens, batch, features], so that rows would be taken for tokens; make the "
+                    "layer with `batch_first=True`"
+                )
+        elif "grid_thw" in inspect.signature(outer.forward).parameters:
+            return "the patches of all images come packed in one dimension, so that each would be a sequence"
     return None
 
 

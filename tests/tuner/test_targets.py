@@ -1,10 +1,13 @@
 """Modules that cannot be adapted are refused by name, with a remedy that works."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.utils.prune
 import transformers as tf
 from helpers.models import VOCAB, adapted, gpt2, llama, outputs, randomise, text
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 
@@ -139,3 +142,125 @@ def test_a_refusal_leaves_the_model_usable():
         randomise(model)
         results.append(outputs(model, inputs))
     torch.testing.assert_close(*results)
+
+
+# What "all-linear" leaves out
+
+
+class Tower(nn.Module):
+    """Patches of several images, packed in one dimension as Qwen-VL's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x, grid_thw=None):
+        return self.blocks[0](x)
+
+
+class Mixed(nn.Module):
+    """Two layers that can be adapted, and modules of four kinds that cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.moe, self.pool, self.visual = Experts(), Attention(), Tower()
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 4)  # [tokens, batch, features]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+LEFT_OUT = {
+    "moe.experts.0",
+    "moe.experts.1",
+    "pool.attn.out_proj",
+    "visual.blocks.0",
+    "encoder.self_attn.out_proj",
+    "encoder.linear1",
+    "encoder.linear2",
+}
+
+
+@pytest.mark.parametrize("exclude", [None, ["layers.1"], r"layers\.1"], ids=str)
+def test_all_linear_leaves_out_what_cannot_be_adapted(exclude, tmp_path):
+    """It adapts what it can, says once what it left out and why, and is saved so that it loads without a word."""
+    base = Mixed()
+    with pytest.warns(UserWarning, match=r"leaves out 7 modules .*expert.*MultiheadAttention.*patches.*batch_first"):
+        model = adapted(copy.deepcopy(base), target_modules="all-linear", exclude_modules=exclude)
+    randomise(model)
+    names = {name.rpartition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    assert {name.removeprefix("base_model.model.") for name in names} == {"layers.0", "layers.1"} - set(
+        ["layers.1"] if exclude else []
+    )
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("name", sorted(LEFT_OUT))
+def test_named_modules_are_refused(name):
+    """What "all-linear" leaves out is refused where it is named."""
+    with pytest.raises(ValueError, match=f"Module '{name}' cannot be adapted: .*`exclude_modules`"):
+        adapted(Mixed(), target_modules=[name])
+
+
+def test_all_linear_with_nothing_to_adapt():
+    with pytest.raises(ValueError, match=r"finds nothing that can be adapted\. 'experts\.0': it belongs to an expert"):
+        adapted(Experts(), target_modules="all-linear")
+
+
+@pytest.mark.parametrize("build", ["FSMTModel", "XLNetModel"])
+def test_sequence_first_models_are_refused(build):
+    """Models whose layers get [tokens, batch, features] would mix the rows of a batch."""
+    with torch.device("meta"):
+        model = getattr(tf, build)(getattr(tf, build).config_class())
+    with pytest.raises(ValueError, match=r"\[tokens, batch, features\]"):
+        adapted(model, target_modules="all-linear")
+
+
+def test_experts_in_bare_parameters_are_announced():
+    """Fused experts are not adapted, and a new adapter says so."""
+    config = tf.MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    with pytest.warns(UserWarning, match=r"experts of this model .* are not adapted"):
+        adapted(tf.MixtralForCausalLM(config), target_modules=["q_proj"])
+
+
+# Modules are called, not read
+
+
+@pytest.mark.parametrize("method", ["lora", "queryable"])
+def test_factors_are_called(method):
+    """Hooks on A and B and pruned factors act as in plain LoRA."""
+    base, inputs = llama(), text()
+    if method == "lora":
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["o_proj"])).eval()
+    else:
+        model = adapted(base, target_modules=["o_proj"], num_blocks=1)
+    randomise(model)
+    plain = outputs(model, inputs)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    called = []
+    for layer in layers:
+        for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+            factor.register_forward_hook(lambda *_: called.append(1))
+    assert torch.equal(outputs(model, inputs), plain)
+    assert len(called) == 2 * len(layers)
+    for layer in layers:
+        torch.nn.utils.prune.l1_unstructured(layer.lora_B["default"], "weight", amount=0.5)
+    pruned = outputs(model, inputs)
+    for layer in layers:
+        torch.nn.utils.prune.remove(layer.lora_B["default"], "weight")
+    assert torch.equal(outputs(model, inputs), pruned)
+    assert not torch.equal(pruned, plain)
