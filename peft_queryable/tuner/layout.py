@@ -113,7 +113,8 @@ def sees_all(model: nn.Module, owner: str) -> bool:
         return False
     modalities = models[-1].input_modalities
     if ({modalities} if isinstance(modalities, str) else {*modalities}) <= _MODALITIES_OF_TOWERS:
-        return not models[-1].can_generate()
+        # A tower has a configuration of its own; ImageGPT, which generates pixels, is no tower of anything.
+        return not any(outer.can_generate() and type(outer.config) is type(config) for outer in models)
     return not generates and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
