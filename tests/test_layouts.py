@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -184,3 +185,36 @@ def test_padding_before_the_layers_is_known_or_refused():
     mask[1, 4:] = 0
     with pytest.raises(ValueError, match=r"projection runs before the layers, on 3 tokens .* mask .* is about 6"):
         model(inputs_embeds=x, attention_mask=mask)
+
+
+def test_heads_on_a_part_of_the_tokens_are_refused():
+    """A head that gets the last tokens alone, as in generation, cannot know which they are; without it all is well."""
+    ids = token_ids(1, 6)
+    with pytest.raises(ValueError, match=r"sees 1 tokens per row of the 6 that bert.encoder .*exclude_modules=r'cls"):
+        adapted(bert_decoder(), target_modules="all-linear")(input_ids=ids, logits_to_keep=1)
+    model = adapted(bert_decoder(), target_modules="all-linear", exclude_modules=r"cls\..*")
+    randomise(model)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(input_ids=ids, **settings)
+    assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 1), (1, 6)], ids=str)
+def test_prompt_masks_of_another_shape_are_refused(shape):
+    model = adapted(llama(), target_modules=LLAMA_PROJECTIONS, routing_scope="prompt")
+    with pytest.raises(ValueError, match=r"`prompt_mask` must have the shape of the call's tokens, \[2, 6\], got"):
+        model(input_ids=token_ids(2, 6), prompt_mask=torch.ones(shape))
+
+
+def test_labels_by_position():
+    """Labels that are passed by position tell the prompt as named ones do."""
+    model = adapted(llama(), target_modules=LLAMA_PROJECTIONS, routing_scope="prompt")
+    randomise(model)
+    ids = token_ids(2, 6)
+    labels = ids.masked_fill(torch.arange(6) < 3, -100)
+    base = model.get_base_model()
+    parameters = list(inspect.signature(base.forward).parameters)
+    arguments = [
+        {"input_ids": ids, "labels": labels}.get(name) for name in parameters[: parameters.index("labels") + 1]
+    ]
+    assert torch.equal(base(*arguments).logits, base(input_ids=ids, labels=labels).logits)

@@ -68,7 +68,7 @@ class AdapterCall:
         self.last_read = plan.num_blocks - 1 if plan.router.uses_depth else 0
         self.count: Tensor | None = None  # number of tokens in each sum over `counted` tokens per row
         self.counted = 0
-        self.sums: dict[str, Tensor] = {}  # running sums of this call's tokens, for the cache
+        self.sums: dict[str, Tensor] | None = {}  # running sums of this call's tokens, for the cache; None once ended
         self.means: list[Tensor | None] = [None] * plan.num_blocks  # pooled block means, [B, K, r]
         self.states: list[list[Tensor]] = [[] for _ in range(plan.num_blocks)]  # rank states by block, each [B, T, r]
 
@@ -86,7 +86,7 @@ class AdapterCall:
         return states.reshape(self.batch, -1, states.shape[-1])
 
     def route_for(self, block: int, layer: nn.Module) -> Route | None:
-        """The route of `block`; None if `layer` is the block's entry, which has to choose it."""
+        """The route of `block`; None if it is still to be chosen, by its entry. Only a replay asks for `layer`."""
         return self.routes[block]
 
     def choose(self, block: int, layer: nn.Module, entry_states: Tensor) -> Route:
@@ -139,7 +139,8 @@ class AdapterCall:
             return sums
         if self.past.sums:
             sums = sums + self.past.sums[name][:, -1:].to(sums.device)
-        self.sums[name] = sums
+        if self.sums is not None:  # else a replay runs
+            self.sums[name] = sums
         return sums
 
     # When the call has ended
@@ -151,7 +152,7 @@ class AdapterCall:
         if self.is_routed:
             cached = self.past.extended(self.length, {}, cache.is_croppable)
         elif self.plan.scope.is_per_token:
-            cached = self.past.extended(self.length, self.sums, cache.is_croppable)
+            cached = self.past.extended(self.length, self.sums or {}, cache.is_croppable)
         else:
             routes = {block: route.last() for block, route in enumerate(self.routes) if route is not None}
             prefill_length = self.pool.last_seen(self.length)
@@ -172,7 +173,7 @@ class AdapterCall:
         """Detach what a replay reads: the graph holds the replay, which must not hold the graph in turn."""
         if self.is_routed:
             return
-        self.sums = {}
+        self.sums = None
         self.states = [[_leaf(s) for s in states] for states in self.states]
         self.means = [None if m is None else _leaf(m) for m in self.means]
         self.routes = [None if route is None else route.map(_leaf) for route in self.routes]
@@ -214,6 +215,8 @@ class RunningCall:
         """End the call: store on its cache what later calls need, ready it for replays, and tell recorders."""
         stack_call = self.stack_call
         cache = stack_call.cache if stack_call.cache is not None else find_cache(output)
+        if stack_call.reads_memory:
+            cache = None  # the first call reads all of the memory
         for call in self.adapter_calls.values():
             if cache is not None:
                 call.store(cache)

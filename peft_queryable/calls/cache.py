@@ -6,6 +6,7 @@ the cache: reorder (beams), crop (assisted decoding), repeat, select, reset and 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -176,14 +177,17 @@ def cached_length(cache: Cache | None) -> int:
 
 
 class _CacheMethod:
-    """`function` as a method of `cache`: a deepcopy of the cache copies it, and so carries a copy of the routing."""
+    """`function` as a method of `cache`, which it does not keep alive; a copied cache gets methods of its own."""
 
     def __init__(self, function: Callable[..., None], cache: Cache) -> None:
-        self.function, self.cache = function, cache
+        self.function, self.cache = function, weakref.ref(cache)
         self.__name__ = function.__name__[1:]  # EncoderDecoderCache asks its methods for their names
 
-    def __call__(self, *args: Any) -> None:
-        self.function(self.cache, *args)
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _CacheMethod, (self.function, self.cache())  # of copies and pickles: bound to the copied cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.function(self.cache(), *args, **kwargs)
 
 
 def _carried(cache: Cache) -> list[CachedRouting]:

@@ -48,13 +48,16 @@ class Current(threading.local):
 
     def open(self, call: Any) -> None:
         """In a forward pre-hook: make `call` the innermost one until the module's hook calls `close`."""
+        is_compiling = torch.compiler.is_compiling()
+        self.drop_ended()
+        self.top.opened = _Opened(call, self.top.opened, None if is_compiling else _module_call())
+
+    def drop_ended(self) -> None:
+        """Forget calls that a KeyboardInterrupt ended: torch runs no hook after it."""
         if torch.compiler.is_compiling():
-            self.top.opened = _Opened(call, self.top.opened, None)
             return
-        # torch runs no hook after a KeyboardInterrupt, so a call that it ended is still on top of the others.
         while (opened := self.top.opened) is not None and opened.frame is not None and not _is_running(opened.frame):
             self.top.opened = opened.outer
-        self.top.opened = _Opened(call, self.top.opened, _module_call())
 
     def close(self) -> Any:
         """In a forward hook: end the call that this module call opened, and return it.

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .arguments import bind, parameter_names
 from .cache import cached_length, find_cache
 from .current import Current
 from .plan import Plan
@@ -104,6 +105,7 @@ class ModelHooks:
         self.current = Current()
         self.active_plans = active_plans
         self.is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.parameters = parameter_names(model)
         self.hooks = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, always_call=True),
@@ -133,15 +135,17 @@ class ModelHooks:
     @contextmanager
     def entered(self, **changes: Any) -> Iterator[None]:
         """While the block lasts, this thread's calls have these fields of [`ModelCall`]."""
+        self.current.drop_ended()
         with self.current.entered(replace(self.call, **changes)):
             yield
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
-        labels = kwargs.get("labels")
+        self.current.drop_ended()
+        arguments = bind(self.parameters, args, kwargs)
+        labels, mask = arguments.get("labels"), arguments.get("attention_mask")
         if self.is_encoder_decoder and labels is not None:
             labels = F.pad(labels, (1, -1), value=IGNORE_INDEX)  # there, a label is the next input token
-        mask = kwargs.get("attention_mask")
         prompt_mask = kwargs.pop("prompt_mask", None)
         instruction = kwargs.pop("instruction_embeds", None)
         outer = self.call

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .adapter_call import AdapterCall, RunningCall
+from .arguments import bind, parameter_names
 from .cache import cached_length, find_cache
 from .current import Current
 from .model_call import ModelHooks
@@ -45,7 +45,7 @@ class Stack:
         self.current = Current()
         currents.append(self.current)
         self.plans: dict[str, Plan] = {}
-        self.parameters = [p.name for p in inspect.signature(owner.forward).parameters.values()]
+        self.parameters = parameter_names(owner)
         self.checkpointing: list[Any] = [m for m in owner.modules() if hasattr(m, "gradient_checkpointing")]
         self.hooks = [
             owner.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -87,18 +87,20 @@ class Stack:
                 "Under PEFT's `fsdp_auto_wrap_policy` FSDP1 wraps each tensor of the adapter alone, so layers cannot "
                 "read them together. Use FSDP2 (`fsdp_version: 2`), or wrap whole decoder layers."
             )
-        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        arguments = bind(self.parameters, args, kwargs)
         if self.reads_memory:
             memory, mask = arguments.get("encoder_hidden_states"), arguments.get("encoder_attention_mask")
             if memory is None:
                 return  # then no cross-attention runs
             arguments = {"hidden_states": memory, "attention_mask": mask}  # no cache: the first call reads it all
+        self.model_hooks.current.drop_ended()  # where the stack is called by itself
         stack_call = StackCall(
             stack=self.name,
             model_call=self.model_hooks.call,
             arguments=arguments,
             inputs=leading_tensor(arguments),
             past=cached_length(find_cache(arguments)),
+            reads_memory=self.reads_memory,
             takes_labels=self.takes_labels,
             is_training=owner.training,
             is_checkpointing=owner.training and self._bind_checkpoints(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,7 @@ class StackCall:
         inputs: the one of them that tells rows and tokens: token ids [B, T], hidden states [B, T, d], or other inputs
             [B, ...].
         past: number of tokens per row that the cache holds before the call.
+        reads_memory: whether its modules see an encoder's output.
         takes_labels: whether labels and prompts of the model call are about this stack's tokens.
         is_training: whether the stack is in training mode.
         is_checkpointing: whether layers will run again in the backward pass.
@@ -41,6 +43,7 @@ class StackCall:
     arguments: dict[str, Any]
     inputs: Tensor
     past: int
+    reads_memory: bool
     takes_labels: bool
     is_training: bool
     is_checkpointing: bool
@@ -81,6 +84,8 @@ class StackCall:
             prompt_mask=outer.prompt_mask,
             prompt_length=outer.prompt_length,
             is_per_token=plan.scope.is_per_token,
+            is_known=self.length is not None,
+            is_generating=self.model_call.is_generating,
         )
         if self.takes_labels and plan.scope.needs_prompt and tokens.prompt is None and not outer.is_generating:
             self._miss_prompt(plan.adapter_name)
@@ -115,8 +120,13 @@ class StackCall:
             return self  # a vector per sequence, or none of the layouts that tell tokens
         for source in reversed(ended):
             if source.batch == self.batch and source.length == inputs.shape[1]:
-                own = {"stack": self.stack, "is_checkpointing": self.is_checkpointing}
-                return replace(source, **own)
+                return replace(source, stack=self.stack, is_checkpointing=self.is_checkpointing)
+        if ended and ended[-1].takes_labels and ended[-1].batch == self.batch and ended[-1].length is not None:
+            raise ValueError(
+                f"{self.stack} sees {inputs.shape[1]} tokens per row of the {ended[-1].length} that "
+                f"{ended[-1].stack} has just run, and which of them is not known (`logits_to_keep`, in generation). "
+                f"Exclude it with `exclude_modules=r'{re.escape(self.stack)}.*'`."
+            )
         if ended or mask is None or "attention_mask" in self.arguments:
             return self
         if mask.shape == inputs.shape[:2]:
@@ -125,7 +135,7 @@ class StackCall:
             raise ValueError(
                 f"{self.stack} runs before the layers, on {inputs.shape[1]} tokens per row, and the attention mask of "
                 f"the model's call is about {mask.shape[1]}: which of its tokens are padding is not known. Exclude it "
-                f"with `exclude_modules=r'{self.stack}.*'`, or pass rows of one length."
+                f"with `exclude_modules=r'{re.escape(self.stack)}.*'`, or pass rows of one length."
             )
         return self
 

@@ -21,6 +21,8 @@ def read_tokens(
     prompt_mask: Tensor | None = None,
     prompt_length: int | None = None,
     is_per_token: bool = True,
+    is_known: bool = True,
+    is_generating: bool = False,
 ) -> Tokens:
     """The tokens of a call of a stack.
 
@@ -32,14 +34,22 @@ def read_tokens(
         prompt_mask: [B, T]; see [`prompt_tokens`].
         prompt_length: number of leading tokens of each row that are its prompt.
         is_per_token: whether each token has a route of its own, which may see what the token sees.
+        is_known: whether the second dimension of `inputs` is known to be that of tokens.
+        is_generating: whether `generate` made the mask, which then hides nothing but padding and later tokens.
 
     Raises:
-        ValueError: if the mask tells neither which tokens are padding nor which of them a sequence has.
+        ValueError: if the mask does not tell which tokens are padding, or `prompt_mask` has another shape.
     """
     batch = inputs.shape[0]
-    length = inputs.shape[1] if has_tokens(inputs) else None
+    length = inputs.shape[1] if is_known and has_tokens(inputs) else None
     segments = packed_segments(kwargs, batch, length) if past == 0 else None
-    if labels is not None and (labels.ndim != 2 or labels.is_floating_point()):
+    if prompt_mask is not None and length is not None and prompt_mask.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"`prompt_mask` must have the shape of the call's tokens, {list(inputs.shape[:2])}, got "
+            f"{list(prompt_mask.shape)}."
+        )
+    is_of_tokens = labels is not None and labels.ndim == 2 and not labels.is_floating_point()
+    if not is_of_tokens or (labels is not None and length is not None and labels.shape[1] != length):
         labels = None  # of whole sequences, not of tokens
     mask = widest_mask(kwargs.get("attention_mask"))
     real, visible = real_tokens(mask, batch), None
@@ -50,11 +60,13 @@ def read_tokens(
                 f"{real.shape[1]}: no route sees a token that is neither in the call nor in a `transformers` cache. "
                 "Pass a mask of the call's tokens, and `use_cache=False` if the model keeps earlier ones elsewhere."
             )
+        if real.shape[1] < past + length:
+            raise ValueError(_SLIDING)
         real = real[:, past : past + length]  # of the call's own tokens
         if mask.ndim == 4 and mask.shape[-2] == length > 1 and past == 0:
             visible = is_visible(mask)[:, 0, :, :length].expand(batch, -1, -1)
-            if not is_per_token:
-                check_rows(visible, real)
+            if not is_per_token or is_generating:
+                check_rows(visible, real, _SLIDING if is_generating else _APART)
     given = None
     if prompt_length is not None and past == 0:
         given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
@@ -69,8 +81,8 @@ def has_tokens(inputs: Tensor) -> bool:
 
 
 def widest_mask(attention_mask: Any) -> Any:
-    """The mask that hides least among those of several layer types, with a head axis if it is about token pairs."""
-    if isinstance(attention_mask, Mapping):  # one per layer type: sliding windows hide tokens
+    """Of masks by layer type that of full attention, or the first; with a head axis if it is about token pairs."""
+    if isinstance(attention_mask, Mapping):  # sliding windows hide tokens, full attention does not
         masks = [m for name, m in attention_mask.items() if name == "full_attention"] or list(attention_mask.values())
         attention_mask = masks[0]
     is_pairs = isinstance(attention_mask, Tensor) and attention_mask.ndim == 3
@@ -109,18 +121,30 @@ def real_tokens(mask: Any, batch: int) -> Tensor | None:
     )
 
 
-def check_rows(visible: Tensor, real: Tensor) -> None:
-    """Raise a ValueError unless `visible` [B, T, T] is the mask of one sequence per row, of tokens `real` [B, T]."""
+_APART = (
+    "The attention mask [batch, 1, tokens, tokens] hides tokens from each other, as in packed sequences or a tree, so "
+    "that no route can serve a whole row. Use `routing_scope='causal'`, whose routes see what their token sees, or "
+    "tell packed sequences by `position_ids` that restart."
+)
+_SLIDING = (
+    "The attention mask hides earlier tokens of the sequence, as that of a sliding window in a static cache, so that "
+    "it does not tell which tokens are padding. Generate with a dynamic cache, which is the default."
+)
+
+
+def check_rows(visible: Tensor, real: Tensor, message: str) -> None:
+    """Raise a ValueError unless each real token sees all real tokens before it; later ones it may see or not.
+
+    Args:
+        visible: mask of one call, [B, T, T] bool.
+        real: real tokens, [B, T] bool.
+        message: of the error.
+    """
     if torch.compiler.is_compiling():
         return  # values are not known while a graph is made
-    everything = real.unsqueeze(1).expand_as(visible)
-    fits = (visible == everything) | (visible == everything.tril()) | ~real.unsqueeze(-1)
-    if not fits.all():
-        raise ValueError(
-            "The attention mask [batch, 1, tokens, tokens] hides tokens from each other, as in packed sequences or a "
-            "tree, so that no route can serve a whole row. Use `routing_scope='causal'`, whose routes see what their "
-            "token sees, or tell packed sequences by `position_ids` that restart."
-        )
+    earlier = real.unsqueeze(1).expand_as(visible).tril()
+    if not (visible | ~earlier | ~real.unsqueeze(-1)).all():
+        raise ValueError(message)
 
 
 def packed_segments(kwargs: Mapping[str, Any], batch: int, length: int | None = None) -> Tensor | None:
@@ -128,7 +152,7 @@ def packed_segments(kwargs: Mapping[str, Any], batch: int, length: int | None = 
 
     Takes what collators of packed batches send: `seq_idx`, `cu_seq_lens_q` or `position_ids` that restart. As in
     transformers' own attention, position_ids mean packing only without a mask [B, T] and without a filled cache.
-    `length` is the number T of tokens a row, where the call tells it; else position_ids do.
+    `length` is the number T of tokens per row, where the call tells it; else position_ids do.
     """
     if isinstance(seq_idx := kwargs.get("seq_idx"), Tensor):
         return seq_idx.long().expand(batch, -1)

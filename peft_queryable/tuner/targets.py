@@ -32,10 +32,11 @@ def check_target(model: nn.Module, name: str, target: nn.Module, left_out: dict[
             None where the configuration names its modules.
 
     Raises:
-        ValueError: if it cannot, though the configuration names it.
+        ValueError: if it cannot, though the configuration names it, or for a reason that is not of the module's kind.
     """
-    reason = _refusal(model, name, target)
-    if reason is not None and left_out is None:
+    obstacle = _obstacle(target)
+    reason = obstacle or _refusal(model, name, target)
+    if obstacle or (reason is not None and left_out is None):
         raise ValueError(
             f"Module {name!r} cannot be adapted: {reason}. Leave it out of `target_modules`, or name it in "
             "`exclude_modules`."
@@ -63,7 +64,7 @@ def report_left_out(config: QueryableLoraConfig, left_out: dict[str, str], is_an
     by_reason: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         by_reason.setdefault(reason, []).append(name)
-    lines = [f"{names[0]!r} and {len(names) - 1} more: {reason}" for reason, names in by_reason.items()]
+    lines = [f"{_some(names)}: {reason}" for reason, names in by_reason.items()]
     warnings.warn(
         f"`target_modules='all-linear'` leaves out {len(left_out)} modules it cannot adapt: {'; '.join(lines)}.",
         stacklevel=2,
@@ -79,28 +80,41 @@ def warn_experts(model: nn.Module) -> None:
     ]
     if names:
         warnings.warn(
-            f"The experts of this model keep their weights in bare parameters ({names[0]!r} and {len(names) - 1} "
-            "more), so they are not adapted: which sequence a token of an expert belongs to is not known. Attention "
+            f"The experts of this model keep their weights in bare parameters ({_some(names)}), "
+            "so they are not adapted: which sequence a token of an expert belongs to is not known. Attention "
             "and other shared layers are.",
             stacklevel=2,
         )
 
 
-def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
-    base_layer: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+def _some(names: list[str]) -> str:
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _obstacle(target: nn.Module) -> str | None:
+    """What stands in the way of a module that could be adapted otherwise."""
     if isinstance(target, BaseTunerLayer) and not isinstance(target, QueryableLoraLayer):
         return f"it already carries an adapter of type {type(target).__name__}"
+    if has_offloaded_params(_base_layer(target)):
+        return (
+            "accelerate keeps its weight on the CPU or on disk, and PEFT would make the adapter there, without data; "
+            "the first adapter of a model can be loaded, by `PeftModel.from_pretrained` with a `device_map`"
+        )
+    return None
+
+
+def _base_layer(target: Any) -> Any:
+    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+
+
+def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
+    base_layer = _base_layer(target)
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter on it would do nothing"
     if not _is_linear(base_layer):
         return (
             f"it is of type {type(base_layer).__name__}, and Queryable LoRA adapts torch.nn.Linear, Conv1D and the "
             "quantised linear layers that PEFT knows (docs/quantised.md)"
-        )
-    if has_offloaded_params(base_layer):
-        return (
-            "accelerate keeps its weight on the CPU or on disk, and PEFT would make the adapter there, without data; "
-            "the first adapter of a model can be loaded, by `PeftModel.from_pretrained` with a `device_map`"
         )
     if ".experts." in f".{name}.":
         return "it belongs to an expert, which gets loose tokens: their sequence, and so their route, is not known"

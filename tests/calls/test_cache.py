@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
 from helpers.generation import NEW, PROMPT, SCOPES, decoder, full_logits, no_stop, step_logits
-from helpers.models import MLP, VOCAB, adapted, llama, outputs, randomise, token_ids
+from helpers.models import MLP, VOCAB, adapted, llama, outputs, randomise, t5, text, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache, cache_utils
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    QuantizedCache,
+    StaticCache,
+    cache_utils,
+)
 
 
 @pytest.fixture(scope="module", params=SCOPES)
@@ -165,3 +176,59 @@ def test_static_routes_need_no_history():
         model(input_ids=ids[:, :PROMPT], past_key_values=cache)
         steps = model(input_ids=ids[:, PROMPT:], past_key_values=cache).logits
     torch.testing.assert_close(steps, outputs(model, {"input_ids": ids})[:, PROMPT:], rtol=0, atol=1e-9)
+
+
+# The life of a cache
+
+
+def test_a_cache_dies_when_it_is_dropped(model):
+    """Routing on a cache makes no cycle: the memory of keys and values must not wait for the garbage collector."""
+    cache = DynamicCache(config=model.config)
+    outputs(model, {"input_ids": token_ids(2, PROMPT), "past_key_values": cache, "use_cache": True})
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_copies_of_a_cache_are_their_own(model):
+    """A deep copy or pickle of a cache goes on by itself, whatever is done to the original."""
+    ids = token_ids(2, PROMPT + NEW)
+    cache = DynamicCache(config=model.config)
+    outputs(model, {"input_ids": ids[:, :PROMPT], "past_key_values": cache, "use_cache": True})
+    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    cache.reset()
+    for copied in copies:
+        steps = step_logits(model, ids, copied, PROMPT)
+        torch.testing.assert_close(steps, full_logits(model, ids)[:, PROMPT:], rtol=0, atol=1e-9)
+        copied.crop(tokens_to_remove=-1)
+
+
+def test_memory_is_not_put_on_the_decoders_cache():
+    """Cross-attention reads all of its memory in the first call, and has nothing to carry."""
+    model = adapted(t5(), target_modules="all-linear")
+    with torch.no_grad():
+        cache = model(**text(), decoder_input_ids=token_ids(length=3), use_cache=True).past_key_values
+    assert {stack for _, stack in cache.queryable_lora} == {"decoder"}
+
+
+@pytest.mark.parametrize("scope", ["causal", "sequence"])
+def test_static_sliding_windows_are_refused_past_the_window(scope):
+    """A static cache of sliding layers alone hides which tokens are padding once the window is full."""
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+    )
+    model = adapted(MistralForCausalLM(config), target_modules="all-linear", routing_scope=scope)
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pytest.raises(ValueError, match="sliding window in a static cache"):
+        model.generate(token_ids(1, 8), cache_implementation="static", disable_compile=True, **settings)
+    model.generate(token_ids(1, 8), **settings)
