@@ -8,20 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from helpers.architectures import ENCODER
 from helpers.models import LLAMA_PROJECTIONS, VOCAB, adapted, llama, outputs, randomise, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 LENGTHS = (3, 4)  # of two sequences in one row
-ENCODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-}
 
 
 def lora(base: nn.Module, targets: list[str] | str = "all-linear", **kwargs) -> nn.Module:
