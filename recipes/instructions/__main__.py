@@ -39,7 +39,7 @@ from recipes.instructions.results import plot_routes, table
 @dataclass
 class DataArguments:
     train_size: int = field(default=1200, metadata={"help": "Training examples of all tasks together."})
-    test_size: int = field(default=100, metadata={"help": "Held-out examples of all tasks together."})
+    test_size: int = field(default=100, metadata={"help": "Held-out examples of all tasks together, at least 20."})
     instruction_in_prompt: bool = field(default=False, metadata={"help": "Begin each question with its instruction."})
 
 
