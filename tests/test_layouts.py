@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -189,6 +190,20 @@ def test_heads_on_a_part_of_the_tokens_are_refused():
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = model.generate(input_ids=ids, **settings)
     assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **settings))
+
+
+def test_only_what_needs_the_tokens_is_refused():
+    """Without an active adapter, or with routes that depend on no token, a head on a part of the tokens is fine."""
+    base, ids = bert_decoder(), token_ids(1, 6)
+    expected = outputs(base, {"input_ids": ids, "logits_to_keep": 1})
+    model = adapted(copy.deepcopy(base), target_modules="all-linear")
+    randomise(model)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, {"input_ids": ids, "logits_to_keep": 1}), expected)
+    static = adapted(base, target_modules="all-linear", query_terms=[])
+    randomise(static)
+    kept = outputs(static, {"input_ids": ids, "logits_to_keep": 1})
+    torch.testing.assert_close(kept, outputs(static, {"input_ids": ids})[:, -1:])
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 1), (1, 6)], ids=str)

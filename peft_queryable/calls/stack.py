@@ -106,13 +106,13 @@ class Stack:
             is_checkpointing=owner.training and self._bind_checkpoints(),
         )
         stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
-        if self.is_loose:
+        plans = [plan for plan in self.model_hooks.active_plans() if self.plans.get(plan.adapter_name) is plan]
+        if self.is_loose and any(plan.router.reads_states for plan in plans):
             stack_call = stack_call.reading()
         call = RunningCall(stack_call, self.plans)
         self.current.open(call)
-        for plan in self.model_hooks.active_plans():
-            if self.plans.get(plan.adapter_name) is plan:
-                call.adapter_call(plan.adapter_name)  # here, because checkpointed layers would have to repeat it
+        for plan in plans:
+            call.adapter_call(plan.adapter_name)  # here, because checkpointed layers would have to repeat it
 
     def _close(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         call = self.current.close()

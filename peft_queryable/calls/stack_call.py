@@ -112,7 +112,8 @@ class StackCall:
         That is the last of the model call's stacks that has ended and had as many rows and tokens.
 
         Raises:
-            ValueError: if it reads no stack, and the model call's mask hides tokens that are not this call's.
+            ValueError: if it reads a part of the tokens of the stack that has just ended, or if it reads no stack and
+                the model call's mask hides tokens that are not this call's.
         """
         ended, mask = self.model_call.ended or [], self.model_call.attention_mask
         inputs = self.inputs
