@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..method.route import Route, make_route
+from ..method.route import Route, leaf, make_route
 from ..method.scope import Pool, Tokens
 from .cache import CachedRouting, check_cache, find_cache, load, store
 from .plan import Plan
@@ -110,13 +110,13 @@ class AdapterCall:
         router = self.plan.router
         if self.is_static:
             weights = router(self.plan.first_block + block, entry_states.new_zeros(self.batch, 1, 1), [], self.shared)
-            return make_route(router.atoms, weights), None
+            return make_route(router.atoms, weights, entry_states.dtype), None
         mean = self._block_mean(block - 1) if block > 0 and self.states[block - 1] else None
         state = self._pooled(f"entry.{block}", entry_states)
         means = [m for m in (*self.means[: max(block - 1, 0)], mean) if m is not None]
         device = router.keys.weight.device
         weights = router(self.plan.first_block + block, state.to(device), [m.to(device) for m in means], self.shared)
-        return make_route(router.atoms, weights), mean
+        return make_route(router.atoms, weights, entry_states.dtype), mean
 
     def _block_mean(self, block: int) -> Tensor:
         """Mean over the block's adapted modules of their pooled states (Algorithm 2, line 45): [B, K, r]."""
@@ -174,10 +174,10 @@ class AdapterCall:
         if self.is_routed:
             return
         self.sums = None
-        self.states = [[_leaf(s) for s in states] for states in self.states]
-        self.means = [None if m is None else _leaf(m) for m in self.means]
-        self.routes = [None if route is None else route.map(_leaf) for route in self.routes]
-        self.shared = self.shared.map(_leaf)
+        self.states = [[leaf(s) for s in states] for states in self.states]
+        self.means = [None if m is None else leaf(m) for m in self.means]
+        self.routes = [None if route is None else route.sealed() for route in self.routes]
+        self.shared = self.shared.map(leaf)
 
 
 def check_layout(x: Tensor, batch: int, length: int | None) -> None:
@@ -233,7 +233,3 @@ class RunningCall:
 def _gate_values(past: CachedRouting) -> dict[int, float] | None:
     is_step = past.length > 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return past.gate_values if is_step else None  # as floats they would be constants of a graph of either kind
-
-
-def _leaf(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_(t.requires_grad)

@@ -26,16 +26,23 @@ class AdapterReplay:
     """An [`AdapterCall`] that has ended, as layers see it that gradient checkpointing runs again.
 
     The layer that chose a route makes it again, because what it saved for the backward pass has to be saved again; all
-    others find the route that was made. Nothing is kept: blocks come back last first, and any number of times.
+    others find the route that was made. The call is not changed: blocks come back last first, and any number of times.
     """
 
     gate_values = None
 
     def __init__(self, call: AdapterCall) -> None:
         self.call, self.rows, self.by_row, self.tokens_per_row = call, call.rows, call.by_row, call.tokens_per_row
+        self.routes: dict[int, Route] = {}  # those that the layers of this replay have asked for
 
     def route_for(self, block: int, layer: nn.Module) -> Route | None:
-        return None if self.call.entries[block] is layer else self.call.routes[block]
+        if self.call.entries[block] is layer:
+            return None
+        if block not in self.routes:
+            route = self.call.routes[block]
+            assert route is not None
+            self.routes[block] = route.unsealed()
+        return self.routes[block]
 
     def choose(self, block: int, layer: nn.Module, entry_states: Tensor) -> Route:
         return self.call.make_route(block, entry_states)[0]

@@ -29,14 +29,21 @@ class Atoms(Weight):
         super().__init__(num_atoms, rank, rank)
         self.rank = rank
 
-    def operator(self, weights: Tensor) -> Tensor:
-        """Operators S = sum_m alpha_m C_m (Eq. 23) of `weights` [B, 1, M]: [B, r, r] in their dtype."""
+    def transposed_operators(self, weights: Tensor) -> Tensor:
+        """Operators S = sum_m alpha_m C_m (Eq. 23) of `weights` [..., M], transposed because rank states are rows.
+
+        Returns:
+            S^T, [..., r, r] in the dtype of `weights`.
+        """
         with without_autocast(weights):
-            atoms = self.weight.to(weights).flatten(1)  # [M, r r]
-            return (weights @ atoms).view(-1, self.rank, self.rank)
+            atoms = self.weight.to(weights).mT.flatten(1)  # [M, r r]
+            return (weights @ atoms).unflatten(-1, (self.rank, self.rank))
 
     def mix(self, weights: Tensor, states: Tensor) -> Tensor:
-        """Mixed states S_t s_t of `states` [B, T, r] under `weights` [B, T, M]: [B, T, r] in the dtype of `states`."""
+        """Mixed states S_t s_t of `states` [B, T, r] under `weights` [B, T, M]: [B, T, r] in the dtype of `states`.
+
+        No operator is built, which is cheaper where r > M.
+        """
         return _Mix.apply(weights.to(states), states, self.weight.to(states))
 
 

@@ -26,7 +26,7 @@ class SequenceRoute:
     @classmethod
     def of(cls, atoms: Atoms, weights: Tensor) -> SequenceRoute:
         """The route that mixes `atoms` by `weights` [B, 1, M]."""
-        return cls(weights, atoms.operator(weights).transpose(1, 2))
+        return cls(weights, atoms.transposed_operators(weights[:, 0]))
 
     def apply(self, states: Tensor, gate: Tensor | float, scaling: float) -> Tensor:
         """alpha / r times t = s + g S s (Eqs. 94, 95), at the cost of t alone.
@@ -49,15 +49,39 @@ class SequenceRoute:
         return self
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SequenceRoute:
-        return replace(self, weights=function(self.weights), operator=function(self.operator))
+        return SequenceRoute(function(self.weights), function(self.operator))
+
+    def sealed(self) -> SequenceRoute:
+        """The same without its graph, for layers that run again in the backward pass."""
+        return self.map(leaf)
+
+    def unsealed(self) -> SequenceRoute:
+        """A sealed route, ready to be applied."""
+        return self
 
 
 @dataclass(frozen=True)
 class TokenRoute:
-    """A block's routes where every token has its own: `weights` [B, T, M] over `atoms`."""
+    """A block's routes where every token has its own.
+
+    Args:
+        atoms: what the routes mix.
+        weights: over the atoms, [B, T, M].
+        dtype: dtype of most rank states.
+        operators: the mixtures transposed, S_t^T [B, T, r, r] in `dtype`, which the block's modules share. None in a
+            sealed route, and where they are larger than the outer products alpha_t s_t, [B, T, M r], of a module.
+    """
 
     atoms: Atoms
     weights: Tensor
+    dtype: torch.dtype
+    operators: Tensor | None = None
+
+    @classmethod
+    def of(cls, atoms: Atoms, weights: Tensor, dtype: torch.dtype) -> TokenRoute:
+        """The routes that mix `atoms` by `weights` [B, T, M] for rank states of `dtype`."""
+        operators = atoms.transposed_operators(weights.to(dtype)) if atoms.rank <= weights.shape[-1] else None
+        return cls(atoms, weights, dtype, operators)
 
     def apply(self, states: Tensor, gate: Tensor | float, scaling: float) -> Tensor:
         """As [`SequenceRoute.apply`].
@@ -70,19 +94,44 @@ class TokenRoute:
                 f"A module got {states.shape[1]} tokens per row, but its block routes {self.weights.shape[1]}: it "
                 "sees other tokens than its stack. Exclude it with `exclude_modules`."
             )
-        mixed = self.atoms.mix(self.weights.to(states.device), states)
-        return (states + gate * mixed) * scaling
+        mixed = self._mix(states)
+        if isinstance(gate, float):
+            return torch.add(states, mixed, alpha=gate) * scaling
+        return torch.addcmul(states, gate, mixed) * scaling
+
+    def _mix(self, states: Tensor) -> Tensor:
+        """S_t s_t of `states` [B, T, r], like them."""
+        if self.operators is None:
+            return self.atoms.mix(self.weights.to(states.device), states)
+        # A product and a sum: batched matrix products are slow at this size. Autocast would sum in float32.
+        return (self.operators.to(states) * states.unsqueeze(-1)).sum(-2, dtype=states.dtype)
 
     def last(self) -> SequenceRoute:
         return SequenceRoute.of(self.atoms, self.weights[:, -1:])
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> TokenRoute:
-        return TokenRoute(self.atoms, function(self.weights))
+    def sealed(self) -> TokenRoute:
+        return replace(self, weights=leaf(self.weights), operators=None)
+
+    def unsealed(self) -> TokenRoute:
+        with torch.no_grad():
+            route = TokenRoute.of(self.atoms, self.weights, self.dtype)
+        if route.operators is not None:  # layers that run again have to save the same tensors
+            route.operators.requires_grad_(self.weights.requires_grad or self.atoms.weight.requires_grad)
+        return route
 
 
 Route = SequenceRoute | TokenRoute
 
 
-def make_route(atoms: Atoms, weights: Tensor) -> Route:
-    """The route that mixes `atoms` by `weights` [B, K, M]: one for the sequence if K is 1, else one per token."""
-    return SequenceRoute.of(atoms, weights) if weights.shape[1] == 1 else TokenRoute(atoms, weights)
+def make_route(atoms: Atoms, weights: Tensor, dtype: torch.dtype) -> Route:
+    """The route that mixes `atoms` by `weights` [B, K, M]: one for the sequence if K is 1, else one per token.
+
+    Args:
+        dtype: dtype of the rank states that it will be applied to.
+    """
+    return SequenceRoute.of(atoms, weights) if weights.shape[1] == 1 else TokenRoute.of(atoms, weights, dtype)
+
+
+def leaf(t: Tensor) -> Tensor:
+    """The tensor without its graph: a leaf, which needs a gradient if `t` does."""
+    return t.detach().requires_grad_(t.requires_grad)

@@ -52,7 +52,7 @@ class Situation:
 
     def operator(self, e: Tensor | None = None) -> Tensor:
         """The library's S, [r, r]."""
-        return self.router.atoms.operator(self.alpha(e)[None, None])[0]
+        return self.router.atoms.transposed_operators(self.alpha(e)).mT
 
     def zeta(self, e: Tensor | None = None) -> Tensor:
         """State logits, [M]."""

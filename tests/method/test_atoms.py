@@ -19,9 +19,9 @@ def router(**kwargs) -> Router:
 def test_operator_is_the_mixture_of_atoms():
     """S = sum_m alpha_m C_m (Eq. 23)."""
     module = router().double()
-    weights = torch.rand(BATCH, 1, ATOMS, dtype=torch.float64)
-    expected = sum(weights[:, 0, m].view(-1, 1, 1) * module.atoms.weight[m] for m in range(ATOMS))
-    torch.testing.assert_close(module.atoms.operator(weights), expected)
+    weights = torch.rand(BATCH, ROUTES, ATOMS, dtype=torch.float64)
+    expected = sum(weights[..., m, None, None] * module.atoms.weight[m] for m in range(ATOMS))
+    torch.testing.assert_close(module.atoms.transposed_operators(weights).mT, expected)
 
 
 @pytest.mark.parametrize("routes", [1, ROUTES])
@@ -33,7 +33,7 @@ def test_mix_applies_the_operator(routes):
     mixed = module.atoms.mix(weights, states)
     for row in range(BATCH):
         for t in range(ROUTES):
-            operator = module.atoms.operator(weights[row, min(t, routes - 1)].view(1, 1, ATOMS))[0]
+            operator = module.atoms.transposed_operators(weights[row, min(t, routes - 1)]).mT
             torch.testing.assert_close(mixed[row, t], operator @ states[row, t])
 
 

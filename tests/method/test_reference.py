@@ -197,7 +197,7 @@ def test_router(top_k, kind, terms):
     e = instruction(kind, BATCH).get("instruction_embeds")
     for block in range(4):
         weights = router(block, state, means[:block], router.prepare(e))
-        operator = router.atoms.operator(weights[:, :1])
+        operators = router.atoms.transposed_operators(weights).mT
         mixed = router.atoms.mix(weights, state)
         for row, t in itertools.product(range(BATCH), range(2)):
             embedding = None if e is None else e[row if len(e) > 1 else 0]
@@ -205,8 +205,7 @@ def test_router(top_k, kind, terms):
             torch.testing.assert_close(weights[row, t], torch.stack(alpha), atol=1e-12, rtol=0)
             S = sum(a * C for a, C in zip(alpha, bank.C, strict=True))
             torch.testing.assert_close(mixed[row, t], S @ state[row, t], atol=1e-12, rtol=0)
-            if t == 0:
-                torch.testing.assert_close(operator[row], S, atol=1e-12, rtol=0)
+            torch.testing.assert_close(operators[row, t], S, atol=1e-12, rtol=0)
 
 
 # Multi-layer perceptrons

@@ -266,10 +266,10 @@ def test_maths_is_float32_under_autocast():
     weights = route(module, 2, state, means, instruction)
     with torch.autocast("cpu", torch.bfloat16):
         cast = route(module, 2, state, means, instruction)
-        operator = module.atoms.operator(cast)
+        operator = module.atoms.transposed_operators(cast)
     assert cast.dtype == operator.dtype == torch.float32
     assert torch.equal(cast, weights)
-    assert torch.equal(operator, module.atoms.operator(weights))
+    assert torch.equal(operator, module.atoms.transposed_operators(weights))
 
 
 def test_maths_is_float64_with_float64_parameters():

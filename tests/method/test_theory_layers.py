@@ -103,10 +103,12 @@ class Watch:
         self.asked: list[tuple] = []  # arguments of the router
         self.logits: list[Tensor] = []  # [B, K, M]
         self.weights: list[Tensor] = []  # [B, K, M]
-        self.operators: list[Tensor] = []  # [B, r, r] where K = 1
+        self.operators: list[Tensor] = []  # [B, r, r] where one serves the sequence, else [B, T, r, r]
         self.modules: list[Seen] = []
         monkeypatch.setattr(router_module, "top_k_softmax", self._spy_on_logits)
-        monkeypatch.setattr(self.router.atoms, "operator", self._recording(self.router.atoms.operator, self.operators))
+        transposed = self.router.atoms.transposed_operators
+        operators = self._recording(lambda weights: transposed(weights).mT, self.operators)
+        monkeypatch.setattr(self.router.atoms, "transposed_operators", lambda weights: operators(weights).mT)
         monkeypatch.setattr(self.router, "forward", self._recording(self.router.forward, self.weights))
         layers = [module for module in adapted.modules() if isinstance(module, QueryableLoraLayer)]
         self.hooks = [layer.register_forward_hook(self._see) for layer in layers]
