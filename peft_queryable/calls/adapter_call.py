@@ -121,10 +121,11 @@ class AdapterCall:
     def _block_mean(self, block: int) -> Tensor:
         """Mean over the block's adapted modules of their pooled states (Algorithm 2, line 45): [B, K, r]."""
         states = [s.to(self.states[block][0].device) for s in self.states[block]]
-        if all(s.shape[1] == states[0].shape[1] for s in states):
-            # Pooling is linear: pool the modules' mean once, not every module.
-            states = [torch.stack(states).to(torch.promote_types(states[0].dtype, torch.float32)).mean(0)]
-        return torch.stack([self._pooled(f"mean.{block}", s) for s in states]).mean(0)
+        if any(s.shape[1] != states[0].shape[1] for s in states):
+            return torch.stack([self._pooled(f"mean.{block}", s) for s in states]).mean(0)
+        # Pooling is linear: pool the modules' mean once, not every module.
+        mean = torch.stack(states).to(torch.promote_types(states[0].dtype, torch.float32)).mean(0)
+        return self._pooled(f"mean.{block}", mean)
 
     def _pooled(self, name: str, states: Tensor) -> Tensor:
         """Mean of `states` [B, T, r] over the tokens that the scope sees (Eq. 15): [B, K, r]."""

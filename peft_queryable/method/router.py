@@ -20,7 +20,7 @@ RMS_EPS = 1e-6  # epsilon of Assumption D.3; the paper states no value
 
 def rms_norm(x: Tensor) -> Tensor:
     """RMSNorm without a learned scale over the last dimension of `x` [..., d] (Assumption D.3)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
+    return F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
 
 
 def top_k_softmax(logits: Tensor, k: int | None) -> Tensor:
