@@ -53,7 +53,7 @@ class CachedRouting:
     rows: Tensor | None = None
 
     def extended(self, length: int, sums: dict[str, Tensor], cache: Cache) -> CachedRouting:
-        """What to keep on `cache` after `length` more tokens whose running sums are `sums`; this object stays as it is.
+        """What to keep on `cache` after `length` more tokens with running sums `sums`; this object stays as it is.
 
         Only a croppable cache can go back to an earlier token. On any other, and on a static one, the last sums are
         kept, whose shape stays the same from step to step, which spares torch.compile a new graph.
@@ -126,9 +126,9 @@ def load(
     if cached is None or not is_own or (is_counted and cached.length != length):
         raise ValueError(
             f"The cache holds {length} tokens, but adapter {adapter_name!r} routed "
-            f"{int(cached.length) if cached is not None and is_own else 0} of them: the others went in without it, under "
-            "another adapter, or through another model. Start from an empty cache, or fill this one with the adapter "
-            "active."
+            f"{int(cached.length) if cached is not None and is_own else 0} of them: the others went in without it, "
+            "under another adapter, or through another model. Start from an empty cache, or fill this one with the "
+            "adapter active."
         )
     if not cached.sums and not cached.routes and isinstance(cached.prefill_length, int) and cached.prefill_length == 0:
         raise ValueError(
