@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.architectures import ENCODER
-from helpers.models import LLAMA_PROJECTIONS, VOCAB, adapted, llama, outputs, randomise, token_ids
+from helpers.models import CACHE, LLAMA_PROJECTIONS, VOCAB, adapted, llama, outputs, randomise, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -140,7 +140,7 @@ def test_a_decoders_head_goes_on_from_the_cache(method):
         first = model(input_ids=ids[:, :4], use_cache=True)
         steps = [first.logits]
         for t in range(4, 7):
-            steps.append(model(input_ids=ids[:, t : t + 1], past_key_values=first.past_key_values).logits)
+            steps.append(model(input_ids=ids[:, t : t + 1], **{CACHE: first[CACHE]}).logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=0, atol=1e-9)
     changed = ids.clone()
     changed[:, 5:] = (ids[:, 5:] + 1) % (VOCAB - 3) + 3

@@ -151,9 +151,9 @@ class AdapterCall:
         if self.length == 0 or self.is_static:
             return  # no adapted module ran, or none of its tokens matters
         if self.is_routed:
-            cached = self.past.extended(self.length, {}, cache.is_croppable)
+            cached = self.past.extended(self.length, {}, cache)
         elif self.plan.scope.is_per_token:
-            cached = self.past.extended(self.length, self.sums or {}, cache.is_croppable)
+            cached = self.past.extended(self.length, self.sums or {}, cache)
         else:
             routes = {block: route.last() for block, route in enumerate(self.routes) if route is not None}
             prefill_length = self.pool.last_seen(self.length)
@@ -232,5 +232,5 @@ class RunningCall:
 
 
 def _gate_values(past: CachedRouting) -> dict[int, float] | None:
-    is_step = past.length > 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    is_step = bool(past.sums or past.routes) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return past.gate_values if is_step else None  # as floats they would be constants of a graph of either kind

@@ -12,15 +12,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..method.route import SequenceRoute
+from .arguments import parameter_names
 from .rows import Rows
 
 _ATTRIBUTE = "queryable_lora"
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of a `Cache`, the name since transformers 5.24 first
 # Arguments that hold models' own caches: keys and values as tuples, Reformer's buckets, XLNet's mems, RWKV's state.
-_CACHE_ARGUMENTS = ("past_key_values", "past_buckets_states", "cache", "cache_params", "mems", "state")
+_CACHE_ARGUMENTS = (*CACHE_NAMES, "past_buckets_states", "mems", "state")
 
 
 @dataclass
@@ -29,7 +31,8 @@ class CachedRouting:
 
     Args:
         router: identity of the router that routed them.
-        length: number of tokens per row, padding included, that were routed.
+        length: number of tokens per row, padding included, that were routed; a tensor without dimensions, as in the
+            cache itself, beside a static one, because torch.compile would trace each step anew for another number.
         sums: of a scope with a route per token, running sums after every token or only the last, each
             [B, length or 1, ...]. Routes of later tokens go on from the last one; cropping tokens crops their sums.
         routes: of a scope with a route per sequence, by block, the routes that the prefill made.
@@ -42,21 +45,22 @@ class CachedRouting:
     """
 
     router: int
-    length: int = 0
+    length: int | Tensor = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     routes: dict[int, SequenceRoute] = field(default_factory=dict)
     prefill_length: int | Tensor = 0
     gate_values: dict[int, float] = field(default_factory=dict)
     rows: Tensor | None = None
 
-    def extended(self, length: int, sums: dict[str, Tensor], is_croppable: bool) -> CachedRouting:
-        """What to cache after `length` more tokens whose running sums are `sums`; this object stays as it is.
+    def extended(self, length: int, sums: dict[str, Tensor], cache: Cache) -> CachedRouting:
+        """What to keep on `cache` after `length` more tokens with running sums `sums`; this object stays as it is.
 
-        Only a croppable cache can go back to an earlier token. On any other, the last sums are enough, and their shape
-        stays the same from step to step, which spares torch.compile a new graph.
+        Only a croppable cache can go back to an earlier token. On any other, and on a static one, the last sums are
+        kept, whose shape stays the same from step to step, which spares torch.compile a new graph.
         """
-        if not is_croppable:
-            sums = {name: new[:, -1:] for name, new in sums.items()}
+        if cache.is_compileable or not cache.is_croppable:
+            # Copies: a slice would keep the prompt's sums alive, and torch.compile guards its strides.
+            sums = {name: new[:, -1:].clone(memory_format=torch.contiguous_format) for name, new in sums.items()}
         elif self.sums:
             sums = {name: torch.cat([self.sums[name], new], dim=1) for name, new in sums.items()}
         return replace(self, length=self.length + length, sums=sums)
@@ -97,12 +101,14 @@ class CachedRouting:
             self.routes = {}
 
 
-def load(cache: Cache | None, length: int, key: tuple[str, str], router: int, rows: Rows | None) -> CachedRouting:
+def load(
+    cache: Cache | None, length: int | Tensor, key: tuple[str, str], router: int, rows: Rows | None
+) -> CachedRouting:
     """What `cache` carries for `key` (adapter and stack); an empty [`CachedRouting`] for an empty or missing cache.
 
     Args:
         cache: a call's cache.
-        length: number of tokens per row that it held before the call.
+        length: number of tokens per row that it held before the call; a tensor in a graph, where it is not read.
         key: names of the adapter and of the stack.
         router: identity of the adapter's router.
         rows: the rows that the adapter serves, None for all.
@@ -111,17 +117,24 @@ def load(cache: Cache | None, length: int, key: tuple[str, str], router: int, ro
         ValueError: if tokens were put into the cache without this adapter, under another one, or if it was cropped
             into the prompt that fixed its routes.
     """
-    if length == 0:
+    is_counted = not isinstance(length, Tensor)
+    if is_counted and length == 0:
         return CachedRouting(router)
     adapter_name = key[0]
     cached: CachedRouting | None = getattr(cache, _ATTRIBUTE, {}).get(key)
     is_own = cached is not None and cached.router == router and cached.serves(rows)
-    if cached is None or not is_own or cached.length != length:
+    if cached is None or not is_own or (is_counted and cached.length != length):
         raise ValueError(
             f"The cache holds {length} tokens, but adapter {adapter_name!r} routed "
-            f"{cached.length if cached is not None and is_own else 0} of them: the others went in without it, under "
-            "another adapter, or through another model. Start from an empty cache, or fill this one with the adapter "
-            "active."
+            f"{int(cached.length) if cached is not None and is_own else 0} of them: the others went in without it, "
+            "under another adapter, or through another model. Start from an empty cache, or fill this one with the "
+            "adapter active."
+        )
+    if not cached.sums and not cached.routes and isinstance(cached.prefill_length, int) and cached.prefill_length == 0:
+        raise ValueError(
+            f"The cache was cropped to {length} tokens, but beside a {type(cache).__name__} only the last token's "
+            f"state of adapter {adapter_name!r} is kept. Use a `transformers.DynamicCache`, in `generate` "
+            "`cache_implementation='dynamic'`."
         )
     if not cached.sums and not cached.routes:
         raise ValueError(
@@ -133,11 +146,20 @@ def load(cache: Cache | None, length: int, key: tuple[str, str], router: int, ro
 
 def store(cache: Cache, key: tuple[str, str], routing: CachedRouting) -> None:
     """Keep `routing` on `cache`, which from then on takes it along through its own operations."""
+    if cache.is_compileable and not isinstance(routing.length, Tensor):
+        kept = next(iter(routing.sums.values()), None)
+        device = (next(iter(routing.routes.values())).weights if kept is None else kept).device
+        routing.length = torch.full((), routing.length, device=device)
     if not hasattr(cache, _ATTRIBUTE):
         setattr(cache, _ATTRIBUTE, {})
         for method in (_reorder_cache, _batch_repeat_interleave, _batch_select_indices, _crop, _reset):
             setattr(cache, method.__name__[1:], _CacheMethod(method, cache))
     getattr(cache, _ATTRIBUTE)[key] = routing
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """Name of the argument that takes the module's key/value cache; None if no known one is in its signature."""
+    return next((name for name in CACHE_NAMES if name in parameter_names(module)), None)
 
 
 def find_cache(values: Any) -> Cache | None:
@@ -150,8 +172,15 @@ def check_cache(arguments: Mapping[str, Any], adapter_name: str) -> None:
     """Refuse a cache that cannot carry what routes need of its tokens: every step would start as if it held none.
 
     Raises:
-        ValueError: for a cache that is no transformers `Cache`, such as that of continuous batching.
+        ValueError: for a cache that is no transformers `Cache`, such as that of continuous batching, and for two of
+            them under the names that models have given theirs.
     """
+    given = [name for name in CACHE_NAMES if isinstance(arguments.get(name), Cache)]
+    if any(arguments[name] is not arguments[given[0]] for name in given):
+        raise ValueError(
+            f"The call was given two caches, `{given[0]}` and `{given[1]}`, and which of them adapter "
+            f"{adapter_name!r} is to go on from is not known. Pass one of them."
+        )
     for name, value in arguments.items():
         kind = type(value).__name__
         is_cache = kind.endswith("Cache") or (name in _CACHE_ARGUMENTS and isinstance(value, (tuple, list, dict)))
@@ -163,17 +192,21 @@ def check_cache(arguments: Mapping[str, Any], adapter_name: str) -> None:
             )
 
 
-def cached_length(cache: Cache | None) -> int:
-    """Number of tokens per row, padding included, that `cache` holds."""
+def cached_length(cache: Cache | None) -> int | Tensor:
+    """Number of tokens per row, padding included, that `cache` holds.
+
+    A tensor without dimensions in a graph that goes on from a static cache: that counts in a tensor.
+    """
     if cache is None:
         return 0
     lengths = [routing.length for routing in _carried(cache)]
-    if lengths and torch.compiler.is_compiling():
-        return max(lengths)  # a static cache counts in a tensor, which a graph cannot read
     try:
-        return int(cache.get_seq_length())
+        length: int | Tensor = cache.get_seq_length()
     except ValueError:  # linear attention alone keeps no count, so ours is all there is
-        return max(lengths) if lengths else int(cache.has_previous_state())
+        length = lengths[0] if lengths else int(cache.has_previous_state())
+    if lengths and torch.compiler.is_compiling() and isinstance(length, Tensor):
+        return length.clone()  # layers count on in place
+    return int(length)
 
 
 class _CacheMethod:

@@ -31,7 +31,7 @@ class StackCall:
         arguments: arguments of the stack's call, by name.
         inputs: the one of them that tells rows and tokens: token ids [B, T], hidden states [B, T, d], or other inputs
             [B, ...].
-        past: number of tokens per row that the cache holds before the call.
+        past: number of tokens per row that the cache holds before the call; see [`cached_length`].
         reads_memory: whether its modules see an encoder's output.
         takes_labels: whether labels and prompts of the model call are about this stack's tokens.
         is_training: whether the stack is in training mode.
@@ -42,7 +42,7 @@ class StackCall:
     model_call: ModelCall
     arguments: dict[str, Any]
     inputs: Tensor
-    past: int
+    past: int | Tensor
     reads_memory: bool
     takes_labels: bool
     is_training: bool

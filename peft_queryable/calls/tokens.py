@@ -16,7 +16,7 @@ IGNORE_INDEX = -100  # label of unsupervised tokens, as in transformers
 def read_tokens(
     inputs: Tensor,
     kwargs: Mapping[str, Any],
-    past: int = 0,
+    past: int | Tensor = 0,
     labels: Tensor | None = None,
     prompt_mask: Tensor | None = None,
     prompt_length: int | None = None,
@@ -29,7 +29,8 @@ def read_tokens(
     Args:
         inputs: token ids [B, T] or hidden states [B, T, ...] of the call, or inputs [B, ...] of another kind.
         kwargs: keyword arguments of the stack's call, as transformers passes them.
-        past: number of tokens of each row that the call's cache holds.
+        past: number of tokens of each row that the call's cache holds; a tensor without dimensions, which is not read,
+            for a filled static cache in a graph.
         labels: [B, T], of the tokens they stand at; see [`prompt_tokens`].
         prompt_mask: [B, T]; see [`prompt_tokens`].
         prompt_length: number of leading tokens of each row that are its prompt.
@@ -42,7 +43,8 @@ def read_tokens(
     """
     batch = inputs.shape[0]
     length = inputs.shape[1] if is_known and has_tokens(inputs) else None
-    segments = packed_segments(kwargs, batch, length) if past == 0 else None
+    is_step = isinstance(past, Tensor) or past > 0
+    segments = None if is_step else packed_segments(kwargs, batch, length)
     if prompt_mask is not None and length is not None and prompt_mask.shape != inputs.shape[:2]:
         raise ValueError(
             f"`prompt_mask` must have the shape of the call's tokens, {list(inputs.shape[:2])}, got "
@@ -53,7 +55,9 @@ def read_tokens(
         labels = None  # of whole sequences, not of tokens
     mask = widest_mask(kwargs.get("attention_mask"))
     real, visible = real_tokens(mask, batch), None
-    if real is not None and length is not None:
+    if real is not None and length is not None and isinstance(past, Tensor):  # an index outside the mask is an error
+        real = real.index_select(1, past.to(real.device) + torch.arange(length, device=real.device))
+    elif real is not None and length is not None:
         if mask.ndim == 2 and real.shape[1] != past + length:
             raise ValueError(
                 f"The call has {length} tokens per row and {past} in its cache, but its attention mask is about "
@@ -63,12 +67,12 @@ def read_tokens(
         if real.shape[1] < past + length:
             raise ValueError(_SLIDING)
         real = real[:, past : past + length]  # of the call's own tokens
-        if mask.ndim == 4 and mask.shape[-2] == length > 1 and past == 0:
+        if mask.ndim == 4 and mask.shape[-2] == length > 1 and not is_step:
             visible = is_visible(mask)[:, 0, :, :length].expand(batch, -1, -1)
             if not is_per_token or is_generating:
                 check_rows(visible, real, _SLIDING if is_generating else _APART)
     given = None
-    if prompt_length is not None and past == 0:
+    if prompt_length is not None and not is_step:
         given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
     # The outermost call's own, which accelerate has not moved yet where it moves inputs to the model's device.
     labels, prompt_mask = (None if t is None else t.to(inputs.device) for t in (labels, prompt_mask))

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..calls.cache import CACHE_NAMES
 from ..tracing import record_routing
 from ..tuner.model import QueryableLoraModel
 from .copies import layers_of, mix_all_atoms, plain_lora, randomise, shared_copy
@@ -110,7 +111,7 @@ def _check(model: PeftModel, batch: Batch, progress: bool) -> CheckReport:
 
 def complete(run: Runner) -> Batch:
     """The batch with what the checks need: prompts in scope `prompt`, and tokens for a decoder beside an encoder."""
-    batch = {name: value for name, value in run.batch.items() if name not in ("past_key_values", "use_cache")}
+    batch = {name: value for name, value in run.batch.items() if name not in (*CACHE_NAMES, "use_cache")}
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor):
         return batch

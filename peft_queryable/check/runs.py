@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..calls.cache import cache_argument, find_cache
 from .copies import moves_base, reloaded
 from .sequences import SUPERVISION, Batch, Sequences, num_rows, select
 
@@ -193,13 +194,16 @@ def cached_steps(run: Runner) -> float | str:
     ids, start = run.even[run.leading], run.prompt
     if ids.shape[1] < 2:
         return "there are not two tokens in each sequence"
+    name = cache_argument(run.base)
+    if name is None:
+        return "the model takes no key/value cache"
     pieces, cache = [], None
     for first, last in [(0, start), *((i, i + 1) for i in range(start, ids.shape[1]))]:
         step = _piece(run, first, last)
-        result = run.call(step if cache is None else {**step, "past_key_values": cache})
-        cache = getattr(result, "past_key_values", None)
+        result = run.call(step if cache is None else {**step, name: cache})
+        cache = find_cache(result)
         if cache is None:
-            return "the model returns no past_key_values"
+            return "the model returns no cache"
         pieces.append(output_of(result))
     return largest([torch.cat(pieces, dim=1)], [run.even_output])
 

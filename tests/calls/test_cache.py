@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from helpers.generation import NEW, PROMPT, SCOPES, decoder, full_logits, no_stop, step_logits
-from helpers.models import MLP, VOCAB, adapted, llama, outputs, randomise, t5, text, token_ids
+from helpers.models import CACHE, MLP, VOCAB, adapted, llama, outputs, randomise, t5, text, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -35,7 +35,7 @@ def test_cache_kinds(model, kind):
     ids = token_ids(2, PROMPT + NEW)
     static = {"max_cache_len": PROMPT + NEW} if kind == "static" else {}
     cache = {"dynamic": DynamicCache, "static": StaticCache}[kind](config=model.config, **static)
-    outputs(model, {"input_ids": ids[:, :PROMPT], "past_key_values": cache, "use_cache": True})
+    outputs(model, {"input_ids": ids[:, :PROMPT], CACHE: cache, "use_cache": True})
     steps = step_logits(model, ids, cache, PROMPT)
     torch.testing.assert_close(steps, full_logits(model, ids)[:, PROMPT:], rtol=0, atol=1e-9)
 
@@ -47,7 +47,7 @@ def test_quantised_cache(model):
 
     def error(model) -> float:
         cache = QuantizedCache("fp8", model.config)
-        outputs(model, {"input_ids": ids[:, :PROMPT], "past_key_values": cache, "use_cache": True})
+        outputs(model, {"input_ids": ids[:, :PROMPT], CACHE: cache, "use_cache": True})
         return (step_logits(model, ids, cache, PROMPT) - full_logits(model, ids)[:, PROMPT:]).std().item()
 
     lora = copy.deepcopy(model)
@@ -62,7 +62,7 @@ def test_shared_prefix(model):
     prefix, ids = token_ids(1, PROMPT), token_ids(1, PROMPT + 4)
     ids[:, :PROMPT] = prefix
     cache = DynamicCache(config=model.config)
-    outputs(model, {"input_ids": prefix, "past_key_values": cache, "use_cache": True})
+    outputs(model, {"input_ids": prefix, CACHE: cache, "use_cache": True})
     for _ in range(2):
         steps = step_logits(model, ids, copy.deepcopy(cache), PROMPT)
         torch.testing.assert_close(steps, full_logits(model, ids)[:, PROMPT:], rtol=0, atol=1e-9)
@@ -73,7 +73,7 @@ def test_cache_operations(model):
     """Reorder, repeat, select, crop and reset do to the routing state what they do to keys and values."""
     ids = token_ids(3, PROMPT + 6)
     cache = DynamicCache(config=model.config)
-    outputs(model, {"input_ids": ids[:, :PROMPT], "past_key_values": cache, "use_cache": True})
+    outputs(model, {"input_ids": ids[:, :PROMPT], CACHE: cache, "use_cache": True})
     step_logits(model, ids, cache, PROMPT)
     cache.crop(-2)
     order = torch.tensor([2, 0, 1])
@@ -86,9 +86,9 @@ def test_cache_operations(model):
         step_logits(model, rows, cache, PROMPT + 4), expected[:, PROMPT + 4 :], rtol=0, atol=1e-9
     )
     cache = DynamicCache(config=model.config)
-    outputs(model, {"input_ids": ids[:, :PROMPT], "past_key_values": cache, "use_cache": True})
+    outputs(model, {"input_ids": ids[:, :PROMPT], CACHE: cache, "use_cache": True})
     cache.reset()
-    outputs(model, {"input_ids": rows[:, :PROMPT], "past_key_values": cache, "use_cache": True})
+    outputs(model, {"input_ids": rows[:, :PROMPT], CACHE: cache, "use_cache": True})
     torch.testing.assert_close(step_logits(model, rows, cache, PROMPT), expected[:, PROMPT:], rtol=0, atol=1e-9)
 
 
@@ -97,22 +97,22 @@ def test_foreign_cache_is_refused(model):
     ids = token_ids(1, PROMPT)
     cache = DynamicCache(config=model.config)
     with model.disable_adapter():
-        outputs(model, {"input_ids": ids, "past_key_values": cache, "use_cache": True})
+        outputs(model, {"input_ids": ids, CACHE: cache, "use_cache": True})
     with pytest.raises(ValueError, match=r"holds 8 tokens, but adapter 'default' routed 0 .* empty cache"):
-        outputs(model, {"input_ids": ids[:, :1], "past_key_values": cache, "use_cache": True})
+        outputs(model, {"input_ids": ids[:, :1], CACHE: cache, "use_cache": True})
     cache = DynamicCache(config=model.config)
-    outputs(model, {"input_ids": ids, "past_key_values": cache, "use_cache": True})
+    outputs(model, {"input_ids": ids, CACHE: cache, "use_cache": True})
     with model.disable_adapter():
-        outputs(model, {"input_ids": ids[:, :1], "past_key_values": cache, "use_cache": True})
+        outputs(model, {"input_ids": ids[:, :1], CACHE: cache, "use_cache": True})
     with pytest.raises(ValueError, match="holds 9 tokens, but adapter 'default' routed 8"):
-        outputs(model, {"input_ids": ids[:, :1], "past_key_values": cache, "use_cache": True})
+        outputs(model, {"input_ids": ids[:, :1], CACHE: cache, "use_cache": True})
 
 
 def test_cache_cropped_into_the_prompt(model):
     """A prompt that fixed the routes cannot be cut; running sums can."""
     ids = token_ids(1, PROMPT)
     cache = DynamicCache(config=model.config)
-    outputs(model, {"input_ids": ids, "past_key_values": cache, "use_cache": True})
+    outputs(model, {"input_ids": ids, CACHE: cache, "use_cache": True})
     cache.crop(-3)
     if model.base_model.model_hooks.active_plans()[0].scope.name == "prompt":
         with pytest.raises(ValueError, match="cropped to 5 tokens, into those"):
@@ -120,6 +120,23 @@ def test_cache_cropped_into_the_prompt(model):
         return
     steps = step_logits(model, ids, cache, PROMPT - 3)
     torch.testing.assert_close(steps, full_logits(model, ids)[:, PROMPT - 3 :], rtol=0, atol=1e-9)
+
+
+def test_static_cache_cropped(model):
+    """Beside a static cache only the last state is kept, so it cannot go back; routes of the prompt stay."""
+    ids = token_ids(1, PROMPT + NEW)
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
+    outputs(model, {"input_ids": ids[:, :PROMPT], CACHE: cache, "use_cache": True})
+    step_logits(model, ids[:, : PROMPT + 2], cache, PROMPT)
+    if not cache.is_croppable:  # before transformers 5.24
+        return
+    cache.crop(-1)
+    if model.base_model.model_hooks.active_plans()[0].scope.name == "prompt":
+        steps = step_logits(model, ids, cache, PROMPT + 1)
+        torch.testing.assert_close(steps, full_logits(model, ids)[:, PROMPT + 1 :], rtol=0, atol=1e-9)
+        return
+    with pytest.raises(ValueError, match="cropped to 9 tokens, but beside a StaticCache only the last token's state"):
+        step_logits(model, ids, cache, PROMPT + 1)
 
 
 # Caches that cannot carry routing
@@ -153,12 +170,12 @@ def test_continuous_batching_of_static_routes():
             assert result.generated_tokens == alone[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "mems", "state"])
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "mems", "state"])
 def test_foreign_caches_are_refused(name):
     """A cache of another kind than transformers' is refused by its name, unless routes depend on no token."""
 
     class Recurrent(MLP):
-        def forward(self, x, past_key_values=None, mems=None, state=None):
+        def forward(self, x, past_key_values=None, cache=None, mems=None, state=None):
             return super().forward(x)
 
     inputs = {"x": torch.randn(2, 3, 8), name: (torch.randn(2, 3),)}
@@ -168,13 +185,30 @@ def test_foreign_caches_are_refused(name):
     adapted(Recurrent(), target_modules=["first"], query_terms=[])(**inputs)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_names_of_a_cache(name):
+    """A cache is found under either name, whichever the signature has; two caches are refused."""
+
+    class Cached(MLP):
+        def forward(self, x, past_key_values=None, cache=None):
+            return super().forward(x)
+
+    model, x = adapted(Cached(), target_modules=["first"], routing_scope="causal"), torch.randn(2, 3, 8)
+    filled = DynamicCache()
+    model(x, **{name: filled})
+    assert filled.queryable_lora[("default", "the model")].length == 3
+    with pytest.raises(ValueError, match=r"two caches, `cache` and `past_key_values`, .* adapter 'default'"):
+        model(x, past_key_values=DynamicCache(), cache=DynamicCache())
+    model(x, past_key_values=(same := DynamicCache()), cache=same)
+
+
 def test_static_routes_need_no_history():
     """Routes that depend on no token go on from a cache that was filled without the adapter's knowing."""
     model, ids = static_routes().double(), token_ids(2, PROMPT + NEW)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids[:, :PROMPT], past_key_values=cache)
-        steps = model(input_ids=ids[:, PROMPT:], past_key_values=cache).logits
+        model(input_ids=ids[:, :PROMPT], **{CACHE: cache})
+        steps = model(input_ids=ids[:, PROMPT:], **{CACHE: cache}).logits
     torch.testing.assert_close(steps, outputs(model, {"input_ids": ids})[:, PROMPT:], rtol=0, atol=1e-9)
 
 
@@ -184,7 +218,7 @@ def test_static_routes_need_no_history():
 def test_a_cache_dies_when_it_is_dropped(model):
     """Routing on a cache makes no cycle: the memory of keys and values must not wait for the garbage collector."""
     cache = DynamicCache(config=model.config)
-    outputs(model, {"input_ids": token_ids(2, PROMPT), "past_key_values": cache, "use_cache": True})
+    outputs(model, {"input_ids": token_ids(2, PROMPT), CACHE: cache, "use_cache": True})
     alive = weakref.ref(cache)
     gc.disable()
     try:
@@ -198,7 +232,7 @@ def test_copies_of_a_cache_are_their_own(model):
     """A deep copy or pickle of a cache goes on by itself, whatever is done to the original."""
     ids = token_ids(2, PROMPT + NEW)
     cache = DynamicCache(config=model.config)
-    outputs(model, {"input_ids": ids[:, :PROMPT], "past_key_values": cache, "use_cache": True})
+    outputs(model, {"input_ids": ids[:, :PROMPT], CACHE: cache, "use_cache": True})
     copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
     cache.reset()
     for copied in copies:
@@ -211,7 +245,7 @@ def test_memory_is_not_put_on_the_decoders_cache():
     """Cross-attention reads all of its memory in the first call, and has nothing to carry."""
     model = adapted(t5(), target_modules="all-linear")
     with torch.no_grad():
-        cache = model(**text(), decoder_input_ids=token_ids(length=3), use_cache=True).past_key_values
+        cache = model(**text(), decoder_input_ids=token_ids(length=3), use_cache=True)[CACHE]
     assert {stack for _, stack in cache.queryable_lora} == {"decoder"}
 
 

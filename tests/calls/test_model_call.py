@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.models import LLAMA_PROJECTIONS, adapted, llama, outputs, randomise, text, token_ids
+from helpers.models import CACHE, LLAMA_PROJECTIONS, adapted, llama, outputs, randomise, text, token_ids
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
@@ -123,7 +123,7 @@ def test_a_conversation_that_goes_on(scope):
     longer = torch.cat([first.sequences, token_ids(1, 4)], dim=1)
     if scope == "causal":
         expected = model.generate(input_ids=longer, **settings)
-        assert torch.equal(model.generate(longer, past_key_values=first.past_key_values, **settings), expected)
+        assert torch.equal(model.generate(longer, **{CACHE: first[CACHE]}, **settings), expected)
     else:
         with pytest.raises(ValueError, match=rf"from a filled cache with routing scope \['{scope}'\]"):
-            model.generate(input_ids=longer, past_key_values=first.past_key_values, **settings)
+            model.generate(input_ids=longer, **{CACHE: first[CACHE]}, **settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, adapted, llama, outputs, randomise, t5, token_ids
+from helpers.models import ARCHITECTURES, CACHE, adapted, llama, outputs, randomise, t5, token_ids
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -166,7 +166,7 @@ def test_a_cache_belongs_to_the_adapters_of_its_rows(scope):
 
     def step(past, names, tokens):
         with torch.no_grad():
-            return model(input_ids=tokens, past_key_values=past, adapter_names=names).logits
+            return model(input_ids=tokens, **{CACHE: past}, adapter_names=names).logits
 
     cache = DynamicCache(config=model.config)
     step(cache, NAMES, ids[:, :4])

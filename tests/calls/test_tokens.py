@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import llama, token_ids
+from helpers.models import CACHE, llama, token_ids
 from helpers.tokens import PADDED, packed_rows, segments_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,7 +84,7 @@ def test_masks_of_transformers(attention, make, as_dict):
     """The masks that transformers makes of a padding mask tell its real tokens, alone or one per layer type."""
     config = llama(attn_implementation=attention).config
     arguments = {"config": config, "inputs_embeds": torch.zeros(3, 4, 32), "attention_mask": PADDED}
-    mask = make(**arguments, past_key_values=None)
+    mask = make(**arguments, **{CACHE: None})
     assert mask.ndim == 4
     if as_dict:
         mask = {"sliding_attention": mask[..., :0], "full_attention": mask}

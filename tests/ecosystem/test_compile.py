@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers.models import adapted, llama, randomise, token_ids
+from helpers.models import CACHE, adapted, llama, randomise, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
@@ -80,7 +80,7 @@ def test_generation_with_a_static_cache(scope):
     config.compile_config = torch_compile_config()
     counters.clear()
     compiled = model.generate(ids, generation_config=config)
-    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["stats"]["unique_graphs"] == 1  # whatever the number of steps, as plain LoRA
     assert torch.equal(compiled, eager)
 
 
@@ -93,8 +93,8 @@ def test_a_call_that_makes_its_own_cache(scope):
         expected = model(input_ids=ids, use_cache=True)
         result = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=ids, use_cache=True)
         torch.testing.assert_close(result.logits, expected.logits)
-        caches = [copy.deepcopy(result.past_key_values), result.past_key_values, expected.past_key_values]
-        steps = [model(input_ids=ids[:, :1], past_key_values=cache).logits for cache in caches]
+        caches = [copy.deepcopy(result[CACHE]), result[CACHE], expected[CACHE]]
+        steps = [model(input_ids=ids[:, :1], **{CACHE: cache}).logits for cache in caches]
     for step in steps[:2]:
         torch.testing.assert_close(step, steps[2])
 

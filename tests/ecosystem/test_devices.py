@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.models import LAYERS, adapted, llama, outputs, randomise, text, token_ids
+from helpers.models import CACHE, LAYERS, adapted, llama, outputs, randomise, text, token_ids
 from peft import PeftModel, load_peft_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -65,8 +65,8 @@ def test_split_layers(scope, tokens, first):
         assert all(p.grad.device == p.device for p in model.parameters() if p.requires_grad)
         if tokens == "padded":
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            cache = model.eval()(**inputs, use_cache=True).past_key_values
-            model(input_ids=ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), past_key_values=cache)
+            cache = model.eval()(**inputs, use_cache=True)[CACHE]
+            model(input_ids=ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1), **{CACHE: cache})
 
 
 @pytest.fixture

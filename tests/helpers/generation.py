@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from helpers.models import adapted, llama, outputs, randomise
+from helpers.models import CACHE, adapted, llama, outputs, randomise
 
 PROMPT, NEW = 8, 10
 SCOPES = ("causal", "prompt")
@@ -34,7 +34,7 @@ def full_logits(model, ids: Tensor, prompt: int = PROMPT) -> Tensor:
 def step_logits(model, ids: Tensor, cache, start: int) -> Tensor:
     """Logits of `ids` from position `start` on, one token per call, on top of `cache`."""
     steps = [
-        outputs(model, {"input_ids": ids[:, i : i + 1], "past_key_values": cache, "use_cache": True})
+        outputs(model, {"input_ids": ids[:, i : i + 1], CACHE: cache, "use_cache": True})
         for i in range(start, ids.shape[1])
     ]
     return torch.cat(steps, dim=1)

@@ -12,9 +12,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_queryable import QueryableLoraConfig
+from peft_queryable.calls.arguments import parameter_names
 from peft_queryable.method.router import Router
 from peft_queryable.tuner.layer import QueryableLoraLayer
 
+# What models call their key/value cache: another name since transformers 5.24.
+CACHE = "cache" if "cache" in parameter_names(transformers.LlamaForCausalLM) else "past_key_values"
 VOCAB = 64
 LAYERS = 4
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # of the fixtures `model` and `folder`
