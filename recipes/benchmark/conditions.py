@@ -45,5 +45,6 @@ def conditions(settings: dict) -> str:
         f"{settings['machine']}, threads: {settings['threads']}, {settings['dtype']}, torch {settings['torch']}; "
         f"{settings['rounds']} rounds; {settings['batch']} rows of {settings['length']} tokens in prefill and "
         f"training, {settings['new_tokens']} new tokens after {settings['prompt']} in decoding. Ratios are medians "
-        f'over the rounds, with quartiles. "{FAILED}": the method raises an error.'
+        'over the rounds, with quartiles. "Within noise": the lower quartile meets the target, the median does not. '
+        f'"{FAILED}": the method raises an error.'
     )

@@ -13,6 +13,7 @@ from recipes.benchmark.shapes import PROJECTIONS, Setup, sharing
 SCOPES = ("sequence", "prompt", "causal")
 INSTRUCTED = tuple(f"{scope}+instruction" for scope in SCOPES)
 METHODS = ("base", "lora", "dora", "lily", "vblora", "xlora", *SCOPES, *INSTRUCTED)
+COUNTED = ("lora", *SCOPES)  # whose launches and growth are shown
 INSTRUCTION_DIM = 768  # the paper's d_c
 EXPERTS = 4  # LoRA adapters that X-LoRA mixes: as many as a route of ours mixes atoms
 

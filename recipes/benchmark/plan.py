@@ -7,13 +7,13 @@ from functools import lru_cache, partial
 
 import torch
 
+from recipes.benchmark.launches import launches
 from recipes.benchmark.memory import memory_in_new_process
-from recipes.benchmark.methods import METHODS, SCOPES, adapted
+from recipes.benchmark.methods import COUNTED, METHODS, adapted
 from recipes.benchmark.shapes import MODELS, Setup, base_model
 from recipes.benchmark.timing import flops, load_times, paired
 from recipes.benchmark.work import WORKS, can_do
 
-GROWTH_METHODS = ("lora", *SCOPES)
 GROWTH_LAYERS = 8  # enough for eight blocks
 SWEEPS = {
     "length": (64, 128, 256, 512, 1024),
@@ -86,8 +86,8 @@ def sections(args: Arguments) -> dict[str, Callable[[], dict]]:
         for value in SWEEPS.get(name, ())[: 2 if args.quick else None]:
             setup = replace(setups(args)[0], layers=GROWTH_LAYERS, **{name: value})
             for work in ("prefill", "train"):
-                todo[f"growth/{name}/{value}/{work}"] = partial(times, setup, GROWTH_METHODS, work, args.rounds)
-            todo[f"growth/{name}/{value}/memory"] = partial(memory, setup, GROWTH_METHODS, "train")
+                todo[f"growth/{name}/{value}/{work}"] = partial(times, setup, COUNTED, work, args.rounds)
+            todo[f"growth/{name}/{value}/memory"] = partial(memory, setup, COUNTED, "train")
     return todo
 
 
@@ -127,6 +127,7 @@ def sizes(setup: Setup, methods: tuple[str, ...], rounds: int) -> dict:
     built = dict(models(setup, methods))
     loaded = load_times({m: built[m] for m in methods}, built[None], setup, rounds)
     return loaded | {
+        "launches": {m: launches(built[m], m, setup) for m in methods if m in COUNTED},
         "trainable": {m: sum(p.numel() for p in built[m].parameters() if p.requires_grad) for m in methods},
         "flops": {
             work: {m: flops(WORKS[work](built[m], m, setup, False)) for m in methods if can_do(m, work)}

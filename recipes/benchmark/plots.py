@@ -7,6 +7,8 @@ from recipes.benchmark.methods import SCOPES
 from recipes.benchmark.tables import NAMES, WORK_NAMES, quartiles
 from recipes.common.figures import plt, save
 
+SHOWN = (0.8, 1.4)  # ratios that the axes have room for
+
 
 def plot_ratios(results: dict, model: str, folder: Path) -> Path:
     """Ratios to LoRA with their quartiles on one model: one row per mode, one column per work."""
@@ -27,7 +29,11 @@ def plot_ratios(results: dict, model: str, folder: Path) -> Path:
             for place, method in enumerate(methods):
                 if {method, "lora"} <= seconds.keys():
                     low, median, high = quartiles(seconds, method, "lora")
-                    axes.errorbar(median, place, xerr=[[median - low], [high - median]], fmt="o", color="C0")
+                    if median > SHOWN[1]:  # it would flatten all others
+                        axes.text(SHOWN[1], place, f"{median:.1f} \N{RIGHTWARDS ARROW} ", ha="right", va="center")
+                    else:
+                        axes.errorbar(median, place, xerr=[[median - low], [high - median]], fmt="o", color="C0")
+            axes.set_xlim(SHOWN)
             axes.axvline(1, color="grey", linewidth=1)
             axes.set_title(f"{model}, {mode}\n{WORK_NAMES[work]}", fontsize=9)
             axes.set_yticks(range(len(methods)), [NAMES[method].replace("`", "") for method in methods])

@@ -83,18 +83,23 @@ def decode(model: nn.Module, method: str, setup: Setup, compiled: bool, batch: i
     return run
 
 
-def train(model: nn.Module, method: str, setup: Setup, compiled: bool, checkpointing: bool = False) -> Run:
-    """A step of AdamW as transformers' Trainer takes it; half of each row is a prompt."""
+def training_loss(call: Callable, method: str, setup: Setup) -> Tensor:
+    """The loss of a batch; half of each row is a prompt."""
     given = inputs(method, setup, setup.batch, setup.length)
     labels = given["input_ids"].clone()
     labels[:, : setup.length // 2] = -100
+    return call(**given, labels=labels, use_cache=False).loss
+
+
+def train(model: nn.Module, method: str, setup: Setup, compiled: bool, checkpointing: bool = False) -> Run:
+    """A step of AdamW as transformers' Trainer takes it."""
     model.train()
     (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     call = torch.compile(model) if compiled else model
 
     def step() -> None:
-        call(**given, labels=labels, use_cache=False).loss.backward()
+        training_loss(call, method, setup).backward()
         optimizer.step()
         optimizer.zero_grad()
 

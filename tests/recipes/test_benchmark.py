@@ -3,14 +3,17 @@
 import json
 
 import pytest
+import torch
 from helpers.recipes import ROOT, cells, run
 
 import recipes.benchmark.__main__ as recipe
 from recipes.benchmark.conditions import read_results
+from recipes.benchmark.launches import Kernels, launches
+from recipes.benchmark.methods import COUNTED, adapted
 from recipes.benchmark.methods import METHODS as ALL_METHODS
-from recipes.benchmark.methods import adapted
 from recipes.benchmark.plan import QUICK, Arguments, sections
 from recipes.benchmark.shapes import Setup, base_model
+from recipes.benchmark.tables import time_cell
 from recipes.benchmark.timing import paired
 from recipes.benchmark.work import WARM_UP
 from recipes.common import report
@@ -53,12 +56,16 @@ def test_the_tables_hold_the_figures(benchmark):
             ratios = sorted(a / b for a, b in zip(seconds[method], seconds[baseline], strict=True))
             median = sum(ratios) / 2  # of two rounds
             assert f"| {median:.3f} ({(ratios[0] + median) / 2:.3f} to {(ratios[1] + median) / 2:.3f}), " in text
-        peaks = sections[f"tiny/memory/{work}"]["bytes"]
-        assert f"| {peaks['causal'] / peaks['lora']:.3f}" in text
+    peaks = sections["tiny/memory/train_checkpointed"]["bytes"]
+    assert f"| {peaks['causal'] / peaks['lora']:.3f}" in text
     sizes = sections["tiny/sizes"]
     for method in METHODS:
         assert f"| {sizes['trainable'][method]:,} | {sizes['bytes'][method] / 1000:,.0f} |" in text
     assert f"{sizes['flops']['prefill']['causal'] / sizes['flops']['prefill']['lora']:.3f}" in text
+    for counted in zip(*(sizes["launches"][method].values() for method in ("causal", "lora")), strict=True):
+        (calls, moved), (of_lora, _) = counted
+        assert calls > of_lora > 0
+        assert f"| {calls:,} ({calls / of_lora:.3f}) | {moved / 1e6:,.0f} MB (" in text
     first, last = (sections[f"growth/length/{length}/memory"]["bytes"] for length in (64, 128))
     ratios = " → ".join(f"{peaks['prompt'] / peaks['lora']:.3f}" for peaks in (first, last))
     assert f"| {ratios} |" in next(
@@ -66,6 +73,37 @@ def test_the_tables_hold_the_figures(benchmark):
     )
     for name in FIGURES:
         assert (output / f"{name}.svg").read_text().endswith("</svg>\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        ([0.9, 1, 1.1], "meets 1.000"),
+        ([0.99, 1.01, 1.02], "within noise of 1.000"),
+        ([1.1, 1.2, 1.3], "**misses** 1.000"),
+    ],
+)
+def test_a_miss_is_told_from_noise(seconds, words):
+    """A target that the lower quartile meets is missed within noise."""
+    times = {"seconds": {"prompt": seconds, "lora": [1, 1, 1]}, "failed": {}}
+    assert time_cell(times, "prompt", "lora", 1.0).endswith(f"), {words}")
+
+
+def test_kernels_count_operators_and_bytes():
+    """A product and a sum in place are two launches; a view is none. Bytes are those of inputs and outputs."""
+    x = torch.ones(4, 4)
+    with Kernels() as kernels:
+        (x @ x.T).add_(x)
+    assert kernels.calls == {"aten::mm": 1, "aten::add_": 1}
+    assert kernels.bytes == 6 * 16 * 4
+
+
+def test_a_decoding_step_launches_no_more_than_loras():
+    """Where the prefill has fixed the routes."""
+    setup = Setup("tiny", length=8, prompt=8)
+    counted = {method: launches(adapted(method, base_model(setup), setup), method, setup) for method in COUNTED}
+    decoding = {method: calls for method, works in counted.items() for calls, _ in [works["decoding step"]]}
+    assert decoding["sequence"] == decoding["prompt"] == decoding["lora"] < decoding["causal"]
 
 
 def test_sweeps_alone():
