@@ -21,11 +21,14 @@ from .layer import QueryableLoraLayer
 _SEQUENCE_FIRST = ("fsmt", "xlnet")  # the models of transformers whose layers get [tokens, batch, features]
 
 
-def check_target(model: nn.Module, name: str, target: nn.Module, left_out: dict[str, str] | None) -> bool:
+def check_target(
+    model: nn.Module, config: QueryableLoraConfig, name: str, target: nn.Module, left_out: dict[str, str] | None
+) -> bool:
     """Whether module `target` called `name` can be adapted.
 
     Args:
         model: the base model.
+        config: the adapter's configuration.
         name: the module's name in it.
         target: the module.
         left_out: where `target_modules="all-linear"` asks for what can be adapted, by name the reasons of what cannot;
@@ -35,11 +38,12 @@ def check_target(model: nn.Module, name: str, target: nn.Module, left_out: dict[
         ValueError: if it cannot, though the configuration names it, or for a reason that is not of the module's kind.
     """
     obstacle = _obstacle(target)
-    reason = obstacle or _refusal(model, name, target)
+    reason = obstacle or _refusal(model, config, name, target)
     if obstacle or (reason is not None and left_out is None):
+        kind = re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name))  # the same module of all layers and experts
         raise ValueError(
-            f"Module {name!r} cannot be adapted: {reason}. Leave it out of `target_modules`, or name it in "
-            "`exclude_modules`."
+            f"Module {name!r} cannot be adapted: {reason}. Leave it out of `target_modules`, or pass "
+            f"`exclude_modules=r'{kind}'`."
         )
     if reason is not None and left_out is not None:
         left_out[name] = reason
@@ -107,7 +111,7 @@ def _base_layer(target: Any) -> Any:
     return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
 
 
-def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
+def _refusal(model: nn.Module, config: QueryableLoraConfig, name: str, target: nn.Module) -> str | None:
     base_layer = _base_layer(target)
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter on it would do nothing"
@@ -130,7 +134,24 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
             "it is the language model's head, which runs outside the routed layers and, in generation, on a part of "
             "the tokens only; `modules_to_save` trains it in full"
         )
+    if {"state", "depth"} & {*config.query_terms} and _sees_last_tokens(model, name, head):
+        return (
+            "it belongs to the prediction head, which in generation (`logits_to_keep`) gets the last tokens alone, "
+            "while its routes need all of them"
+        )
     return None
+
+
+def _sees_last_tokens(model: PreTrainedModel, name: str, output: nn.Module | None) -> bool:
+    """Whether module `name` stands beside the output layer `output` in a head that `generate` runs on the last token.
+
+    `generate` passes `logits_to_keep` to the models whose `forward` has it, and they cut before their head.
+    """
+    if not model.can_generate() or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return False
+    holder = next((path for path, module in model.named_modules() if module is output), "").rpartition(".")[0]
+    is_head = bool(holder) and not any(isinstance(m, nn.ModuleList) for m in model.get_submodule(holder).modules())
+    return is_head and name.startswith(f"{holder}.")
 
 
 def _unknown_layout(model: nn.Module, name: str) -> str | None:
