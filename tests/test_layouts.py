@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from helpers.architectures import ENCODER
+from helpers.architectures import ENCODER, VISION
 from helpers.models import LLAMA_PROJECTIONS, VOCAB, adapted, llama, outputs, randomise, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -194,9 +194,26 @@ def roberta_decoder() -> nn.Module:
     return transformers.RobertaForCausalLM(transformers.RobertaConfig(**ENCODER, is_decoder=True)).eval()
 
 
+def blip() -> nn.Module:
+    text = {key: value for key, value in ENCODER.items() if key != "pad_token_id"}
+    config = transformers.BlipConfig(text_config=text | {"bos_token_id": 1}, vision_config=VISION)
+    return transformers.BlipForConditionalGeneration(config).eval()
+
+
+def test_heads_of_an_inner_decoder():
+    """In BLIP the text decoder generates: its head is left out, and the cache that it wraps is found again."""
+    with pytest.warns(UserWarning, match=r"leaves out 2 modules .*transform.dense': .*decoder': it is the language"):
+        model = adapted(blip().double(), target_modules="all-linear")
+    randomise(model)
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8).double(), "max_new_tokens": 6, "do_sample": False}
+    settings = {"output_logits": True, "return_dict_in_generate": True}
+    cached, whole = (model.generate(**inputs, **settings, use_cache=use_cache) for use_cache in (True, False))
+    torch.testing.assert_close(cached.logits, whole.logits, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize(("build", "head"), [(bert_decoder, "cls"), (roberta_decoder, "lm_head")])
 def test_heads_that_get_the_last_tokens_alone(method, build, head):
-    """A head whose routes need all tokens gets the last alone in `generate`: "all-linear" leaves it out and says so."""
+    """Heads get the last tokens alone in `generate`, but routes need all: "all-linear" leaves them out and says so."""
     ids = token_ids(1, 6)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -216,7 +233,7 @@ def test_heads_that_get_the_last_tokens_alone(method, build, head):
 
 
 def test_a_named_head_is_refused():
-    """A head that is named is refused when the adapter is made, with a line that works; a masked language model's not."""
+    """A head that is named is refused when the adapter is made, with a line that works, but not in masked models."""
     with pytest.raises(ValueError, match=r"'cls\.predictions\.transform\.dense' cannot be adapted") as refused:
         adapted(bert_decoder(), target_modules=["dense"])
     pattern = re.search(r"exclude_modules=r'(.*)'`", str(refused.value))[1]

@@ -126,15 +126,13 @@ def _refusal(model: nn.Module, config: QueryableLoraConfig, name: str, target: n
         return reason
     if _reads_positions(model, name):
         return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
-    if not isinstance(model, PreTrainedModel):
-        return None
-    head: Any = model.get_output_embeddings()
-    if base_layer is (head.get_base_layer() if isinstance(head, BaseTunerLayer) else head):
+    speaker, head = _speaker(model, name)
+    if base_layer is head:
         return (
             "it is the language model's head, which runs outside the routed layers and, in generation, on a part of "
             "the tokens only; `modules_to_save` trains it in full"
         )
-    if {"state", "depth"} & {*config.query_terms} and _sees_last_tokens(model, name, head):
+    if {"state", "depth"} & {*config.query_terms} and _sees_last_tokens(speaker, head, target):
         return (
             "it belongs to the prediction head, which in generation (`logits_to_keep`) gets the last tokens alone, "
             "while its routes need all of them"
@@ -142,16 +140,33 @@ def _refusal(model: nn.Module, config: QueryableLoraConfig, name: str, target: n
     return None
 
 
-def _sees_last_tokens(model: PreTrainedModel, name: str, output: nn.Module | None) -> bool:
-    """Whether module `name` stands beside the output layer `output` in a head that `generate` runs on the last token.
+def _speaker(model: nn.Module, name: str) -> tuple[Any, Any]:
+    """The outermost model around module `name` that has an output layer, and that layer; None without one."""
+    module = model
+    for part in name.split("."):
+        head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+        if head is not None:  # in BLIP it is the text decoder that has one and generates
+            return module, _base_layer(head)
+        module = module.get_submodule(part)
+    return None, None
 
-    `generate` passes `logits_to_keep` to the models whose `forward` has it, and they cut before their head.
+
+def _sees_last_tokens(speaker: Any, head: nn.Module, target: nn.Module) -> bool:
+    """Whether `target` stands beside the output layer `head`, where `generate` gives them the last tokens alone.
+
+    It passes `logits_to_keep` to the models whose `forward` has it, and they cut before they call their head.
     """
-    if not model.can_generate() or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    if speaker is None or not speaker.can_generate():
         return False
-    holder = next((path for path, module in model.named_modules() if module is output), "").rpartition(".")[0]
-    is_head = bool(holder) and not any(isinstance(m, nn.ModuleList) for m in model.get_submodule(holder).modules())
-    return is_head and name.startswith(f"{holder}.")
+    if "logits_to_keep" not in inspect.signature(speaker.forward).parameters:
+        return False
+    holders = [module for module in speaker.modules() if head in module.children()]
+    return any(
+        holder is not speaker
+        and target in holder.modules()
+        and not any(isinstance(module, nn.ModuleList) for module in holder.modules())
+        for holder in holders
+    )
 
 
 def _unknown_layout(model: nn.Module, name: str) -> str | None:
