@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+import re
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 import transformers
-from helpers.architectures import ENCODER
+from helpers.architectures import ENCODER, VISION
 from helpers.models import CACHE, LLAMA_PROJECTIONS, VOCAB, adapted, llama, outputs, randomise, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -132,9 +133,18 @@ def bert_decoder() -> nn.Module:
     return transformers.BertLMHeadModel(transformers.BertConfig(**ENCODER, is_decoder=True)).eval()
 
 
+class WholeLogits(transformers.BertLMHeadModel):
+    """A decoder that has no `logits_to_keep`, as those of older transformers."""
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
+        return super().forward(input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache)
+
+
 def test_a_decoders_head_goes_on_from_the_cache(method):
     """The transform before a decoder's output layer is routed by all tokens so far, cached ones included."""
-    model, ids = method(bert_decoder()), token_ids(2, 7)
+    base = WholeLogits(transformers.BertConfig(**ENCODER, is_decoder=True)).eval()
+    model, ids = method(base), token_ids(2, 7)
+    assert any("cls.predictions.transform" in name for name, _ in model.named_parameters() if "lora_A" in name)
     full = outputs(model, {"input_ids": ids})
     with torch.no_grad():
         first = model(input_ids=ids[:, :4], use_cache=True)
@@ -180,28 +190,89 @@ def test_padding_before_the_layers_is_known_or_refused():
         model(inputs_embeds=x, attention_mask=mask)
 
 
-def test_heads_on_a_part_of_the_tokens_are_refused():
-    """A head that gets the last tokens alone, as in generation, cannot know which they are; without it all is well."""
-    ids = token_ids(1, 6)
-    with pytest.raises(ValueError, match=r"sees 1 tokens per row of the 6 that bert.encoder .*exclude_modules=r'cls"):
-        adapted(bert_decoder(), target_modules="all-linear")(input_ids=ids, logits_to_keep=1)
-    model = adapted(bert_decoder(), target_modules="all-linear", exclude_modules=r"cls\..*")
+def roberta_decoder() -> nn.Module:
+    return transformers.RobertaForCausalLM(transformers.RobertaConfig(**ENCODER, is_decoder=True)).eval()
+
+
+def blip() -> nn.Module:
+    text = {key: value for key, value in ENCODER.items() if key != "pad_token_id"}
+    config = transformers.BlipConfig(text_config=text | {"bos_token_id": 1}, vision_config=VISION)
+    return transformers.BlipForConditionalGeneration(config).eval()
+
+
+def test_heads_of_an_inner_decoder():
+    """In BLIP the text decoder generates: its head is left out, and the cache that it wraps is found again."""
+    with pytest.warns(UserWarning, match=r"leaves out 2 modules .*transform.dense': .*decoder': it is the language"):
+        model = adapted(blip().double(), target_modules="all-linear")
     randomise(model)
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8).double(), "max_new_tokens": 6, "do_sample": False}
+    settings = {"output_logits": True, "return_dict_in_generate": True}
+    cached, whole = (model.generate(**inputs, **settings, use_cache=use_cache) for use_cache in (True, False))
+    torch.testing.assert_close(cached.logits, whole.logits, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("build", "head"), [(bert_decoder, "cls"), (roberta_decoder, "lm_head")])
+def test_heads_that_get_the_last_tokens_alone(method, build, head):
+    """Heads get the last tokens alone in `generate`, but routes need all: "all-linear" leaves them out and says so."""
+    ids = token_ids(1, 6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = method(build(), routing_scope="auto")
+    said = [str(w.message) for w in caught if "leaves out 1 modules" in str(w.message)]
+    names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    if "queryable" in model.peft_type.lower():
+        assert len(said) == 1 and f"'{head}." in said[0] and "`logits_to_keep`" in said[0]
+        assert not any(f".{head}." in name for name in names)
+    else:
+        assert any(f".{head}." in name for name in names)
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = model.generate(input_ids=ids, **settings)
     assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **settings))
+    full = outputs(model, {"input_ids": ids})[:, -1:]
+    torch.testing.assert_close(outputs(model, {"input_ids": ids, "logits_to_keep": 1}), full, rtol=0, atol=1e-9)
+
+
+def test_a_named_head_is_refused():
+    """A head that is named is refused when the adapter is made, with a line that works, but not in masked models."""
+    with pytest.raises(ValueError, match=r"'cls\.predictions\.transform\.dense' cannot be adapted") as refused:
+        adapted(bert_decoder(), target_modules=["dense"])
+    pattern = re.search(r"exclude_modules=r'(.*)'`", str(refused.value))[1]
+    adapted(bert_decoder(), target_modules=["dense"], exclude_modules=pattern)(token_ids(1, 6), logits_to_keep=1)
+    model = adapted(masked_lm(), target_modules=["dense"])
+    assert any("cls.predictions.transform" in name for name, _ in model.named_parameters() if "lora_A" in name)
+
+
+class LastTokens(nn.Module):
+    """A decoder whose head may be given the last tokens alone, which no signature says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.head = Encoder(), nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, last: int = 0) -> Tensor:
+        return self.head(self.decoder(hidden_states, attention_mask)[:, -last:])
+
+
+def test_heads_on_a_part_of_the_tokens_are_refused():
+    """Where nothing tells it before, a head that gets a part of the tokens is refused in that call."""
+    model = adapted(LastTokens(), target_modules=["layers.0", "head.0"])
+    x, mask = torch.randn(2, 6, 8), torch.ones(2, 6)
+    model(x, mask)
+    with pytest.raises(ValueError, match=r"head sees 1 tokens per row of the 6 that decoder .*exclude_modules=r'head"):
+        model(x, mask, last=1)
 
 
 def test_only_what_needs_the_tokens_is_refused():
     """Without an active adapter, or with routes that depend on no token, a head on a part of the tokens is fine."""
-    base, ids = bert_decoder(), token_ids(1, 6)
-    expected = outputs(base, {"input_ids": ids, "logits_to_keep": 1})
-    model = adapted(copy.deepcopy(base), target_modules="all-linear")
+    base, x, mask = LastTokens(), torch.randn(2, 6, 8), torch.ones(2, 6)
+    expected = base(x, mask, last=1)
+    model = adapted(base, target_modules=["layers.0", "head.0"])
     randomise(model)
     with model.disable_adapter():
-        assert torch.equal(outputs(model, {"input_ids": ids, "logits_to_keep": 1}), expected)
-    static = adapted(base, target_modules="all-linear", query_terms=[])
+        torch.testing.assert_close(model(x, mask, last=1), expected)
+    ids, static = token_ids(1, 6), adapted(bert_decoder(), target_modules="all-linear", query_terms=[])
     randomise(static)
+    assert any("cls.predictions.transform" in name for name, _ in static.named_parameters() if "lora_A" in name)
     kept = outputs(static, {"input_ids": ids, "logits_to_keep": 1})
     torch.testing.assert_close(kept, outputs(static, {"input_ids": ids})[:, -1:])
 

@@ -215,7 +215,8 @@ class RunningCall:
     def close(self, output: Any) -> None:
         """End the call: store on its cache what later calls need, ready it for replays, and tell recorders."""
         stack_call = self.stack_call
-        cache = stack_call.cache if stack_call.cache is not None else find_cache(output)
+        returned = find_cache(output)  # which BLIP wraps around the one that was passed
+        cache = stack_call.cache if returned is None else returned
         if stack_call.reads_memory:
             cache = None  # the first call reads all of the memory
         for call in self.adapter_calls.values():

@@ -143,7 +143,7 @@ class QueryableLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not check_target(self.model, current_key, target, self.left_out):
+        if not check_target(self.model, config, current_key, target, self.left_out):
             return
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), current_key), config.lora_alpha)
         if isinstance(target, QueryableLoraLayer):

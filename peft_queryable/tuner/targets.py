@@ -21,11 +21,14 @@ from .layer import QueryableLoraLayer
 _SEQUENCE_FIRST = ("fsmt", "xlnet")  # the models of transformers whose layers get [tokens, batch, features]
 
 
-def check_target(model: nn.Module, name: str, target: nn.Module, left_out: dict[str, str] | None) -> bool:
+def check_target(
+    model: nn.Module, config: QueryableLoraConfig, name: str, target: nn.Module, left_out: dict[str, str] | None
+) -> bool:
     """Whether module `target` called `name` can be adapted.
 
     Args:
         model: the base model.
+        config: the adapter's configuration.
         name: the module's name in it.
         target: the module.
         left_out: where `target_modules="all-linear"` asks for what can be adapted, by name the reasons of what cannot;
@@ -35,11 +38,12 @@ def check_target(model: nn.Module, name: str, target: nn.Module, left_out: dict[
         ValueError: if it cannot, though the configuration names it, or for a reason that is not of the module's kind.
     """
     obstacle = _obstacle(target)
-    reason = obstacle or _refusal(model, name, target)
+    reason = obstacle or _refusal(model, config, name, target)
     if obstacle or (reason is not None and left_out is None):
+        kind = re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name))  # the same module of all layers and experts
         raise ValueError(
-            f"Module {name!r} cannot be adapted: {reason}. Leave it out of `target_modules`, or name it in "
-            "`exclude_modules`."
+            f"Module {name!r} cannot be adapted: {reason}. Leave it out of `target_modules`, or pass "
+            f"`exclude_modules=r'{kind}'`."
         )
     if reason is not None and left_out is not None:
         left_out[name] = reason
@@ -107,7 +111,7 @@ def _base_layer(target: Any) -> Any:
     return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
 
 
-def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
+def _refusal(model: nn.Module, config: QueryableLoraConfig, name: str, target: nn.Module) -> str | None:
     base_layer = _base_layer(target)
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter on it would do nothing"
@@ -122,15 +126,47 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
         return reason
     if _reads_positions(model, name):
         return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
-    if not isinstance(model, PreTrainedModel):
-        return None
-    head: Any = model.get_output_embeddings()
-    if base_layer is (head.get_base_layer() if isinstance(head, BaseTunerLayer) else head):
+    speaker, head = _speaker(model, name)
+    if base_layer is head:
         return (
             "it is the language model's head, which runs outside the routed layers and, in generation, on a part of "
             "the tokens only; `modules_to_save` trains it in full"
         )
+    if {"state", "depth"} & {*config.query_terms} and _sees_last_tokens(speaker, head, target):
+        return (
+            "it belongs to the prediction head, which in generation (`logits_to_keep`) gets the last tokens alone, "
+            "while its routes need all of them"
+        )
     return None
+
+
+def _speaker(model: nn.Module, name: str) -> tuple[Any, Any]:
+    """The outermost model around module `name` that has an output layer, and that layer; None without one."""
+    module = model
+    for part in name.split("."):
+        head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+        if head is not None:  # in BLIP it is the text decoder that has one and generates
+            return module, _base_layer(head)
+        module = module.get_submodule(part)
+    return None, None
+
+
+def _sees_last_tokens(speaker: Any, head: nn.Module, target: nn.Module) -> bool:
+    """Whether `target` stands beside the output layer `head`, where `generate` gives them the last tokens alone.
+
+    It passes `logits_to_keep` to the models whose `forward` has it, and they cut before they call their head.
+    """
+    if speaker is None or not speaker.can_generate():
+        return False
+    if "logits_to_keep" not in inspect.signature(speaker.forward).parameters:
+        return False
+    holders = [module for module in speaker.modules() if head in module.children()]
+    return any(
+        holder is not speaker
+        and target in holder.modules()
+        and not any(isinstance(module, nn.ModuleList) for module in holder.modules())
+        for holder in holders
+    )
 
 
 def _unknown_layout(model: nn.Module, name: str) -> str | None:

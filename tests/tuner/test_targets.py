@@ -1,6 +1,7 @@
 """Modules that cannot be adapted are refused by name, with a remedy that works."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ REFUSALS = {
 def test_refused_targets(case):
     """A module that cannot be adapted raises a ValueError that names it, its kind and a remedy."""
     build, target, name, kind = REFUSALS[case]
-    with pytest.raises(ValueError, match=rf"'{name}' .*{kind}.*(`target_modules`|`exclude_modules`)"):
+    with pytest.raises(ValueError, match=rf"'{name}' .*{kind}.*`target_modules`, or pass `exclude_modules=r'"):
         adapted(build(), target_modules=[target])
 
 
@@ -108,7 +109,7 @@ def test_head_is_trained_in_full_as_the_refusal_says():
 def test_foreign_adapter_is_refused():
     """A module with another method's adapter raises a ValueError that names the module, that adapter and a remedy."""
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).base_model.model
-    with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj' .*Linear.*`exclude_modules`"):
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj' .*Linear.*`exclude_modules="):
         adapted(model, target_modules=["q_proj"])
 
 
@@ -204,8 +205,20 @@ def test_all_linear_leaves_out_what_cannot_be_adapted(exclude, tmp_path):
 @pytest.mark.parametrize("name", sorted(LEFT_OUT))
 def test_named_modules_are_refused(name):
     """What "all-linear" leaves out is refused where it is named."""
-    with pytest.raises(ValueError, match=f"Module '{name}' cannot be adapted: .*`exclude_modules`"):
+    with pytest.raises(ValueError, match=f"Module '{name}' cannot be adapted: .*`exclude_modules="):
         adapted(Mixed(), target_modules=[name])
+
+
+def test_a_refusal_excludes_the_kind():
+    """The line that a refusal names excludes the module in all layers, and no other module."""
+    with pytest.raises(ValueError, match="exclude_modules=") as refused:
+        adapted(Mixed(), target_modules=["experts.0", "experts.1", "layers.0", "layers.1"])
+    pattern = re.search(r"`exclude_modules=r'(.*)'`", str(refused.value))[1]
+    assert pattern == r"moe\.experts\.\d+"
+    model = adapted(
+        Mixed(), target_modules=["experts.0", "experts.1", "layers.0", "layers.1"], exclude_modules=pattern
+    )
+    assert sum(".lora_A." in name for name, _ in model.named_parameters()) == 2
 
 
 def test_all_linear_with_nothing_to_adapt():
