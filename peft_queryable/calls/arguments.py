@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 
-def parameter_names(module: nn.Module) -> list[str]:
+def parameter_names(module: nn.Module) -> Sequence[str]:
     """Names of the parameters of the module's `forward`, in order."""
-    return list(inspect.signature(module.forward).parameters)
+    if "forward" in vars(module):  # patched for this module alone, as accelerate does
+        return tuple(inspect.signature(module.forward).parameters)
+    return _names_without_self(type(module).forward)
+
+
+@cache
+def _names_without_self(forward: Callable) -> Sequence[str]:
+    """Of a class's `forward`: reading signatures would be a large part of the time that an adapter takes to load."""
+    return tuple(inspect.signature(MethodType(forward, object())).parameters)
 
 
 def bind(names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..calls.arguments import parameter_names
 from ..config import QueryableLoraConfig
 from .layer import QueryableLoraLayer
 
@@ -132,7 +132,7 @@ def _refusal(model: nn.Module, config: QueryableLoraConfig, name: str, target: n
             "it is the language model's head, which runs outside the routed layers and, in generation, on a part of "
             "the tokens only; `modules_to_save` trains it in full"
         )
-    if {"state", "depth"} & {*config.query_terms} and _sees_last_tokens(speaker, head, target):
+    if {"state", "depth"} & {*config.query_terms} and _sees_last_tokens(model, name, speaker, head):
         return (
             "it belongs to the prediction head, which in generation (`logits_to_keep`) gets the last tokens alone, "
             "while its routes need all of them"
@@ -151,33 +151,35 @@ def _speaker(model: nn.Module, name: str) -> tuple[Any, Any]:
     return None, None
 
 
-def _sees_last_tokens(speaker: Any, head: nn.Module, target: nn.Module) -> bool:
-    """Whether `target` stands beside the output layer `head`, where `generate` gives them the last tokens alone.
+def _sees_last_tokens(model: nn.Module, name: str, speaker: Any, head: nn.Module) -> bool:
+    """Whether module `name` stands beside the output layer `head`, where `generate` gives them the last tokens alone.
 
     It passes `logits_to_keep` to the models whose `forward` has it, and they cut before they call their head.
     """
     if speaker is None or not speaker.can_generate():
         return False
-    if "logits_to_keep" not in inspect.signature(speaker.forward).parameters:
+    if "logits_to_keep" not in parameter_names(speaker):
         return False
-    holders = [module for module in speaker.modules() if head in module.children()]
+    path = _path(model, name)
     return any(
-        holder is not speaker
-        and target in holder.modules()
-        and not any(isinstance(module, nn.ModuleList) for module in holder.modules())
-        for holder in holders
+        head in holder.children() and not any(isinstance(module, nn.ModuleList) for module in holder.modules())
+        for holder in path[path.index(speaker) + 1 :]
     )
+
+
+def _path(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that hold module `name`, from the model to its parent."""
+    path = [model]
+    for part in name.split(".")[:-1]:
+        path.append(path[-1].get_submodule(part))
+    return path
 
 
 def _unknown_layout(model: nn.Module, name: str) -> str | None:
     """Why the rows and tokens of module `name` are not known from the call that it runs in."""
     if getattr(getattr(model, "config", None), "model_type", None) in _SEQUENCE_FIRST:
         return "its model passes activations as [tokens, batch, features], so that rows would be taken for tokens"
-    module, path = model, [model]
-    for part in name.split(".")[:-1]:
-        module = module.get_submodule(part)
-        path.append(module)
-    for outer in path:
+    for outer in _path(model, name):
         layer: Any = outer
         if isinstance(outer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             if not layer.self_attn.batch_first:
@@ -185,7 +187,7 @@ def _unknown_layout(model: nn.Module, name: str) -> str | None:
                     "its activations are [tokens, batch, features], so that rows would be taken for tokens; make the "
                     "layer with `batch_first=True`"
                 )
-        elif "grid_thw" in inspect.signature(outer.forward).parameters:
+        elif "grid_thw" in parameter_names(outer):
             return "the patches of all images come packed in one dimension, so that each would be a sequence"
     return None
 
