@@ -143,6 +143,8 @@ def _refusal(model: nn.Module, name: str, target: nn.Module) -> str | None:
         return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
     if _reads_unnamed_memory(model, name):
         return "it reads memory that the call of its layers does not get as `encoder_hidden_states`"
+    if name.rpartition(".")[2] == "kv_b_proj":  # of latent attention, whose cache holds what this module reads
+        return "it projects the latents of cached tokens as well as the call's, whose routes are no longer known"
     if _reads_both(model, name):
         return "it projects the encoder's output as well as the decoder's tokens, with one weight"
     if not isinstance(model, PreTrainedModel):
@@ -176,6 +178,8 @@ def _unknown_layout(model: nn.Module, name: str) -> str | None:
             return reason
         elif "grid_thw" in inspect.signature(outer.forward).parameters:
             return "the patches of all images come packed in one dimension, so that each would be a sequence"
+    if hasattr(path[-1], "qformer") and name.rpartition(".")[2] == "language_projection":  # of the BLIP-2 family
+        return "it sees the queries of an image in a call that is about the tokens of a text"
     if type(path[-1]).__name__ == "MllamaModel":  # the projector between its vision model and its text model
         return _SQUARES
     return None

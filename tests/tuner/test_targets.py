@@ -223,6 +223,8 @@ LAYOUTS = {
     "MllamaForConditionalGeneration": ("model.vision_model.transformer.layers.0.mlp.fc1", "padding alone"),
     "MllamaForCausalLM": ("model.layers.1.cross_attn.k_proj", "memory"),
     "IdeficsForVisionText2Text": ("model.gated_cross_attn_layers.0.cross_attn.k_proj", "memory"),
+    "Blip2ForConditionalGeneration": ("language_projection", "queries of an image"),
+    "DeepseekV3ForCausalLM": ("model.layers.0.self_attn.kv_b_proj", "latents of cached tokens"),
     "Wav2Vec2ConformerModel": ("encoder.layers.0.self_attn.linear_pos", "positions"),
 }
 
