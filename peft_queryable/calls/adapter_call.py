@@ -191,7 +191,7 @@ def check_layout(x: Tensor, batch: int, length: int | None) -> None:
     """
     lead = x.shape[:-1]
     is_flat = length is not None and len(lead) == 1 and lead[0] == batch * length
-    if lead[0] == batch or is_flat or (batch == 1 and length is None):  # a single row owns all there is
+    if lead and (lead[0] == batch or is_flat or (batch == 1 and length is None)):  # a single row owns all there is
         return
     tokens = "" if length is None else f" and {length} tokens per row"
     raise ValueError(

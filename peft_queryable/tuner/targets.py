@@ -17,8 +17,21 @@ from transformers.pytorch_utils import Conv1D
 from ..calls.arguments import parameter_names
 from ..config import QueryableLoraConfig
 from .layer import QueryableLoraLayer
+from .layout import find_stacks
 
 _SEQUENCE_FIRST = ("fsmt", "xlnet")  # the models of transformers whose layers get [tokens, batch, features]
+_SQUARES = "its mask hides padding from padding alone, so that it does not tell which of its patches are padding"
+_WINDOWS = "its encoder fills rows up to whole windows and passes some activations as [tokens, batch, features]"
+_STREAMS = "its decoder runs a stream of predictions per n-gram beside the tokens, in the same dimension"
+_UNKNOWN_OWNERS = {
+    "LongformerEncoder": _WINDOWS,
+    "LEDEncoder": _WINDOWS,
+    "ProphetNetDecoder": _STREAMS,
+    "MllamaVisionModel": _SQUARES,
+}
+_POSITIONS = re.compile(
+    r"linear_pos|pos_proj|relative_k_proj|pos_(q|key|query)_proj|(gru_)?rel_pos(_[xy])?_(bias|linear)"
+)
 
 
 def check_target(
@@ -120,12 +133,24 @@ def _refusal(model: nn.Module, config: QueryableLoraConfig, name: str, target: n
             f"it is of type {type(base_layer).__name__}, and Queryable LoRA adapts torch.nn.Linear, Conv1D and the "
             "quantised linear layers that PEFT knows (docs/quantised.md)"
         )
+    kind = type(base_layer)
+    is_own = kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+    if is_own and kind.__name__ != "FalconLinear":
+        return f"its class {kind.__name__} computes something else than a linear layer, as a router or groups of heads"
     if ".experts." in f".{name}.":
         return "it belongs to an expert, which gets loose tokens: their sequence, and so their route, is not known"
     if reason := _unknown_layout(model, name):
         return reason
+    if _POSITIONS.fullmatch(name.rpartition(".")[2]):
+        return "it projects positions, which belong to no sequence"
     if _reads_positions(model, name):
         return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
+    if _reads_unnamed_memory(model, name):
+        return "it reads memory that the call of its layers does not get as `encoder_hidden_states`"
+    if name.rpartition(".")[2] == "kv_b_proj":  # of latent attention, whose cache holds what this module reads
+        return "it projects the latents of cached tokens as well as the call's, whose routes are no longer known"
+    if _reads_both(model, name):
+        return "it projects the encoder's output as well as the decoder's tokens, with one weight"
     speaker, head = _speaker(model, name)
     if base_layer is head:
         return (
@@ -179,7 +204,8 @@ def _unknown_layout(model: nn.Module, name: str) -> str | None:
     """Why the rows and tokens of module `name` are not known from the call that it runs in."""
     if getattr(getattr(model, "config", None), "model_type", None) in _SEQUENCE_FIRST:
         return "its model passes activations as [tokens, batch, features], so that rows would be taken for tokens"
-    for outer in _path(model, name):
+    path = _path(model, name)
+    for outer in path:
         layer: Any = outer
         if isinstance(outer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             if not layer.self_attn.batch_first:
@@ -187,8 +213,14 @@ def _unknown_layout(model: nn.Module, name: str) -> str | None:
                     "its activations are [tokens, batch, features], so that rows would be taken for tokens; make the "
                     "layer with `batch_first=True`"
                 )
+        elif reason := _UNKNOWN_OWNERS.get(type(outer).__name__):
+            return reason
         elif "grid_thw" in parameter_names(outer):
             return "the patches of all images come packed in one dimension, so that each would be a sequence"
+    if hasattr(path[-1], "qformer") and name.rpartition(".")[2] == "language_projection":  # of the BLIP-2 family
+        return "it sees the queries of an image in a call that is about the tokens of a text"
+    if type(path[-1]).__name__ == "MllamaModel":  # the projector between its vision model and its text model
+        return _SQUARES
     return None
 
 
@@ -207,3 +239,18 @@ def _reads_positions(model: nn.Module, name: str) -> bool:
     if not getattr(attention, "relative_attention", False):
         return False
     return getattr(attention, "share_att_key", False) and child in ("query_proj", "key_proj")
+
+
+def _reads_both(model: nn.Module, name: str) -> bool:
+    """Whether module `name` makes keys or values of tokens and of memory alike, as in T5Gemma 2."""
+    parent, _, child = name.rpartition(".")
+    is_merged = "merged_attention_mask" in parameter_names(model.get_submodule(parent))
+    return is_merged and child in ("k_proj", "v_proj")
+
+
+def _reads_unnamed_memory(model: nn.Module, name: str) -> bool:
+    """Whether module `name` projects memory of cross-attention that its stack's call does not name as usual."""
+    (key,) = find_stacks(model, [name])
+    if not key.reads_memory:
+        return False
+    return "encoder_hidden_states" not in parameter_names(model.get_submodule(key.owner))

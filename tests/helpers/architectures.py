@@ -11,6 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from helpers.models import MLP, VOCAB, token_ids
+from helpers.tiny import tiny_config
 
 Inputs = dict[str, Tensor]
 LENGTH = 7
@@ -73,9 +74,35 @@ def speech() -> Inputs:
 
 
 def image_and_text() -> Inputs:
-    ids = token_ids(2, LENGTH)
+    ids = token_ids(2, LENGTH).clamp(max=VOCAB - 2)
     ids[:, 1:5] = VOCAB - 1  # a token for each of the image's four patches
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | images()
+
+
+def waveform() -> Inputs:
+    return {"input_values": torch.randn(2, 800)}
+
+
+def pairs() -> Inputs:
+    """As many texts as images, whose similarities are the output."""
+    return text() | images()
+
+
+def grids() -> Inputs:
+    """An image of 16 patches in each row, packed in one dimension, as the Qwen-VL family gets them."""
+    ids = token_ids(2, LENGTH).clamp(max=VOCAB - 2)
+    ids[:, 1:5] = VOCAB - 1  # a token for every four patches
+    patches = {"pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    kinds = {"mm_token_type_ids": (ids == VOCAB - 1).long()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | patches | kinds
+
+
+def small(name: str, **fields) -> nn.Module:
+    """The class `name` of transformers, by its default configuration made tiny, with `fields` of it."""
+    config = tiny_config(getattr(tf, name))
+    for field_name, value in fields.items():
+        setattr(config, field_name, value)
+    return getattr(tf, name)(config)
 
 
 @dataclass(frozen=True)
@@ -283,6 +310,181 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         generates=True,
         note="vision tower, projector and language model",
+    ),
+    "Gemma": Decoder(lambda: small("GemmaForCausalLM")),
+    "Cohere": Decoder(lambda: small("CohereForCausalLM")),
+    "StarCoder 2": Decoder(lambda: small("Starcoder2ForCausalLM")),
+    "SmolLM 3": Decoder(lambda: small("SmolLM3ForCausalLM")),
+    "OLMo 2": Decoder(lambda: small("Olmo2ForCausalLM")),
+    "GLM 4": Decoder(lambda: small("Glm4ForCausalLM")),
+    "Mixtral": Decoder(
+        lambda: small("MixtralForCausalLM"), note="mixture of experts: attention, and what all tokens share"
+    ),
+    "Qwen3-MoE": Decoder(
+        lambda: small("Qwen3MoeForCausalLM"), note="mixture of experts: attention, and what all tokens share"
+    ),
+    "GPT-OSS": Decoder(
+        lambda: small("GptOssForCausalLM"), note="mixture of experts: attention, and what all tokens share"
+    ),
+    "OLMoE": Decoder(
+        lambda: small("OlmoeForCausalLM"), note="mixture of experts: attention, and what all tokens share"
+    ),
+    "DeepSeek V3": Decoder(
+        lambda: small("DeepseekV3ForCausalLM"), note="mixture of experts: attention, and what all tokens share"
+    ),
+    "BERT, masked LM": Architecture(
+        lambda: small("BertForMaskedLM", is_decoder=False),
+        text,
+        {"bert.encoder": "sequence", "cls.predictions.transform": "sequence"},
+        pads=True,
+    ),
+    "ELECTRA": Architecture(
+        lambda: small("ElectraForTokenClassification", is_decoder=False),
+        text,
+        {"electra.encoder": "sequence", "": "sequence"},
+        pads=True,
+    ),
+    "ModernBERT": Architecture(
+        lambda: small("ModernBertForTokenClassification", is_decoder=False),
+        text,
+        {"model": "sequence", "head": "sequence", "": "sequence"},
+        pads=True,
+    ),
+    "DistilBERT": Architecture(
+        lambda: small("DistilBertForSequenceClassification", dim=32),
+        text,
+        {"distilbert.transformer": "sequence", "": "sequence"},
+        pads=True,
+    ),
+    "ALBERT": Architecture(
+        lambda: small("AlbertForMaskedLM", is_decoder=False),
+        text,
+        {"albert.encoder": "sequence", "predictions": "sequence"},
+        pads=True,
+    ),
+    "MPNet": Architecture(
+        lambda: small("MPNetForMaskedLM", is_decoder=False),
+        text,
+        {"mpnet.encoder": "sequence", "lm_head": "sequence"},
+        pads=True,
+    ),
+    "XLM-RoBERTa": Architecture(
+        lambda: small("XLMRobertaForTokenClassification", is_decoder=False),
+        text,
+        {"": "sequence", "roberta.encoder": "sequence"},
+        pads=True,
+    ),
+    "DINOv2": Architecture(
+        lambda: small("Dinov2ForImageClassification"), images, {"dinov2.encoder": "sequence", "": "sequence"}
+    ),
+    "CLIP": Architecture(
+        lambda: small("CLIPModel"),
+        pairs,
+        {"text_model.encoder": "causal", "vision_model.encoder": "sequence", "": "causal"},
+    ),
+    "SigLIP": Architecture(
+        lambda: small("SiglipModel"),
+        pairs,
+        {
+            "text_model.encoder": "causal",
+            "text_model": "causal",
+            "vision_model.encoder": "sequence",
+            "vision_model.head.mlp": "sequence",
+        },
+        note="without the attention-pooling head",
+    ),
+    "wav2vec 2.0": Architecture(
+        lambda: small("Wav2Vec2ForCTC", conv_dim=[32] * 7),
+        waveform,
+        {"wav2vec2.feature_projection": "sequence", "wav2vec2.encoder": "sequence", "": "sequence"},
+        note="waveforms of one length; save with `save_embedding_layers=False`, as LoRA",
+    ),
+    "HuBERT": Architecture(
+        lambda: small("HubertForCTC", conv_dim=[32] * 7),
+        waveform,
+        {"hubert.feature_projection": "sequence", "hubert.encoder": "sequence", "": "sequence"},
+        note="waveforms of one length; save with `save_embedding_layers=False`, as LoRA",
+    ),
+    "Audio Spectrogram Transformer": Architecture(
+        lambda: small("ASTForAudioClassification", max_length=32),
+        lambda: {"input_values": torch.randn(2, 32, 8)},
+        {"audio_spectrogram_transformer": "sequence", "classifier": "sequence"},
+    ),
+    "PaliGemma": Architecture(
+        lambda: small("PaliGemmaForConditionalGeneration", image_token_id=VOCAB - 1),
+        image_and_text,
+        {
+            "model.vision_tower.encoder": "sequence",
+            "model.multi_modal_projector": "causal",
+            "model.language_model": "causal",
+        },
+        note="its own logits differ with and without a cache",
+    ),
+    "Gemma 3 with images": Architecture(
+        lambda: small("Gemma3ForConditionalGeneration", image_token_id=VOCAB - 1, mm_tokens_per_image=4),
+        lambda: image_and_text() | {"token_type_ids": torch.zeros(2, LENGTH, dtype=torch.long)},
+        {
+            "model.vision_tower.encoder": "sequence",
+            "model.language_model": "causal",
+        },
+        generates=True,
+    ),
+    "BLIP-2": Architecture(
+        lambda: small(
+            "Blip2ForConditionalGeneration", image_token_index=VOCAB - 1, image_token_id=VOCAB - 1, num_query_tokens=4
+        ),
+        image_and_text,
+        {
+            "vision_model.encoder": "sequence",
+            "qformer.encoder": "causal",
+            "qformer.encoder (cross-attention)": "sequence",
+            "language_model.model.decoder": "causal",
+        },
+        generates=True,
+    ),
+    "Qwen2-VL": Architecture(
+        lambda: small("Qwen2VLForConditionalGeneration", image_token_id=VOCAB - 1),
+        grids,
+        {"model.language_model": "causal"},
+        note="the language model alone",
+    ),
+    "Qwen2.5-VL": Architecture(
+        lambda: small("Qwen2_5_VLForConditionalGeneration", image_token_id=VOCAB - 1),
+        grids,
+        {"model.language_model": "causal"},
+        note="the language model alone",
+    ),
+    "Qwen3-VL": Architecture(
+        lambda: small("Qwen3VLForConditionalGeneration", image_token_id=VOCAB - 1),
+        grids,
+        {"model.language_model": "causal"},
+        note="the language model alone",
+    ),
+    "Idefics": Architecture(
+        lambda: small("IdeficsForVisionText2Text"),
+        lambda: (
+            text()
+            | {
+                "pixel_values": torch.randn(2, 1, 3, 8, 8),
+                "image_attention_mask": torch.ones(2, LENGTH, 1, dtype=torch.long),
+            }
+        ),
+        {"model.vision_model.encoder": "causal", "model": "causal"},
+        note="not the keys and values of images",
+    ),
+    "Llama 3.2 Vision": Architecture(
+        lambda: small("MllamaForConditionalGeneration"),
+        lambda: (
+            text()
+            | {
+                "pixel_values": torch.randn(2, 1, 4, 3, 8, 8),
+                "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
+                "aspect_ratio_mask": torch.ones(2, 1, 4, dtype=torch.long),
+                "cross_attention_mask": torch.ones(2, LENGTH, 1, 4, dtype=torch.long),
+            }
+        ),
+        {"model.language_model": "causal"},
+        note="the language model, but not the keys and values of images",
     ),
     "plain MLP": Architecture(
         MLP, lambda: {"x": torch.randn(5, 8)}, {"": "causal"}, targets=["first", "second", "third"]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.utils.prune
 import transformers as tf
 from helpers.models import VOCAB, adapted, gpt2, llama, outputs, randomise, text
+from helpers.tiny import tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -224,6 +225,36 @@ def test_a_refusal_excludes_the_kind():
 def test_all_linear_with_nothing_to_adapt():
     with pytest.raises(ValueError, match=r"finds nothing that can be adapted\. 'experts\.0': it belongs to an expert"):
         adapted(Experts(), target_modules="all-linear")
+
+
+LAYOUTS = {
+    "LongformerModel": ("encoder.layer.0.attention.self.query", "whole windows"),
+    "LEDModel": ("encoder.layers.0.self_attn.longformer_self_attn.query", "whole windows"),
+    "ProphetNetModel": ("decoder.layers.0.self_attn.query_proj", "per n-gram"),
+    "T5Gemma2ForConditionalGeneration": ("model.decoder.layers.0.self_attn.k_proj", "the encoder's output as well"),
+    "Llama4ForCausalLM": ("model.layers.0.feed_forward.router", "Llama4Router"),
+    "MllamaForConditionalGeneration": ("model.vision_model.transformer.layers.0.mlp.fc1", "padding alone"),
+    "MllamaForCausalLM": ("model.layers.1.cross_attn.k_proj", "memory"),
+    "IdeficsForVisionText2Text": ("model.gated_cross_attn_layers.0.cross_attn.k_proj", "memory"),
+    "Blip2ForConditionalGeneration": ("language_projection", "queries of an image"),
+    "DeepseekV3ForCausalLM": ("model.layers.0.self_attn.kv_b_proj", "latents of cached tokens"),
+    "Wav2Vec2ConformerModel": ("encoder.layers.0.self_attn.linear_pos", "positions"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", LAYOUTS)
+def test_layouts_that_are_not_known(build):
+    """Modules of transformers' models whose rows or tokens no call tells are refused by name; LoRA adapts them."""
+    name, reason = LAYOUTS[build]
+    config = tiny_config(getattr(tf, build))
+    if build == "Wav2Vec2ConformerModel":
+        config.position_embeddings_type = "relative"
+    with torch.device("meta"):
+        model = getattr(tf, build)(config)
+    model.get_submodule(name)
+    with pytest.raises(ValueError, match=rf"'{name}' cannot be adapted: .*{reason}"):
+        adapted(model, target_modules=[name])
 
 
 @pytest.mark.parametrize("build", ["FSMTModel", "XLNetModel"])
