@@ -42,6 +42,9 @@ class RoutingCallback(TrainerCallback):
         eval_batch: arguments of the model's forward, the same each time. It is run without gradients each time that
             routes are logged, on every process; take a few rows.
 
+    Attributes:
+        usages: by step that was logged, the mean route [M], for `plots.plot_training`.
+
     Raises:
         ValueError: for an `every` below 1; in training, if the model has no Queryable LoRA adapter.
     """
@@ -54,6 +57,7 @@ class RoutingCallback(TrainerCallback):
         self.warned: set[str] = set()
         self.first: Tensor | None = None  # routes of `eval_batch`, [N, M], block after block
         self.last: Tensor | None = None
+        self.usages: dict[int, Tensor] = {}  # by step, the mean route [M], for `plots.plot_training`
         self._forget()
 
     def _forget(self) -> None:
@@ -112,22 +116,25 @@ class RoutingCallback(TrainerCallback):
         if trainer is None or trainer is self.trainer:
             return
         self.trainer = trainer
-        trainer.log = self._logging(trainer.log)
+        trainer.log = self._logging(trainer)
         if hasattr(trainer, "create_model_card"):
             trainer.create_model_card = self._write_card
 
-    def _logging(self, log: Callable[..., None]) -> Callable[..., None]:
+    def _logging(self, trainer: Trainer) -> Callable[..., None]:
+        log = trainer.log
+
         def log_with_routes(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             if "loss" in logs and self.statistics.sums:  # a step's entry, not an evaluation's
-                logs.update(self._entries())
+                logs.update(self._entries(trainer.state.global_step))
             log(logs, *args, **kwargs)
 
         return log_with_routes
 
-    def _entries(self) -> dict[str, float]:
+    def _entries(self, step: int) -> dict[str, float]:
         """What goes into the log; the only place that waits for the device, and for other processes."""
         readings = Readings(reduce(self.statistics.table(), "sum"))
         values = readings.summary()
+        self.usages[step] = readings.usage.mean(0)
         if own := gates(self.model, self.adapter_name):
             values["gate_mean"] = sum(own.values()) / len(own)
         if self.norms is not None:

@@ -63,24 +63,67 @@ def svg(figure: Figure) -> str:
 
 
 def plot_usage(groups: Mapping[str, Tensor], blocks: Sequence[int] | None = None) -> Figure:
-    """The mean weight of each atom in each block, one panel per group: block by atom (Figs. 6 and 7 of the paper).
+    """The mean weight of each atom, by block and group (Figs. 6 and 7 of the paper).
+
+    One panel per block with a row per group; for a single group, one panel with a row per block.
 
     Args:
         groups: usage [blocks, M] by name of the group.
         blocks: their numbers, by default from 0.
     """
-    usages = list(groups.values())
-    blocks = list(range(len(usages[0]))) if blocks is None else list(blocks)
-    most = max(float(usage.max()) for usage in usages)
-    figure = Figure(figsize=(1.5 + 0.28 * usages[0].shape[1], 0.9 + len(groups) * (0.6 + 0.3 * len(blocks))))
+    usages = torch.stack([torch.as_tensor(usage) for usage in groups.values()], 1)  # [blocks, groups, M]
+    names = [f"block {block}" for block in (range(len(usages)) if blocks is None else blocks)]
+    rows, titles = list(groups), names
+    if len(groups) == 1:
+        rows, titles, usages = names, list(groups), usages.transpose(0, 1)
+    num_panels, num_rows, num_atoms = usages.shape
+    figure = Figure(figsize=(2.5 + num_panels * (0.4 + 0.13 * num_atoms), 1.2 + 0.26 * num_rows))
     figure.set_layout_engine("constrained")
-    panels = figure.subplots(len(groups), 1, squeeze=False, sharex=True)[:, 0]
-    for (name, usage), axes in zip(groups.items(), panels, strict=True):
-        image = _heat_map(axes, usage, vmax=most)
-        axes.set(title=name, ylabel="block", yticks=range(len(blocks)), yticklabels=blocks)
-        axes.set_xticks(range(usage.shape[1]))
-    panels[-1].set_xlabel("atom")
+    panels = figure.subplots(1, num_panels, squeeze=False, sharey=True)[0]
+    for title, usage, axes in zip(titles, usages, panels, strict=True):
+        image = _heat_map(axes, usage, vmax=float(usages.max()))
+        axes.set(title=title, xlabel="atom")
+        axes.set_xticks(range(0, num_atoms, max(1, num_atoms // 4)))
+    panels[0].set_yticks(range(num_rows), rows)
     figure.colorbar(image, ax=panels, label="mean weight")
+    return figure
+
+
+def plot_training(steps: Sequence[int], usages: Tensor) -> Figure:
+    """The share of weight of each atom over the steps of training.
+
+    Args:
+        steps: S steps, evenly spaced.
+        usages: the mean route at each, [S, M].
+    """
+    figure = Figure(figsize=(7, 1.5 + 0.15 * usages.shape[1]))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    half = (steps[-1] - steps[0]) / max(2 * (len(steps) - 1), 1) or 0.5
+    image = _heat_map(axes, usages.T, vmax=float(usages.max()))
+    image.set_extent((steps[0] - half, steps[-1] + half, usages.shape[1] - 0.5, -0.5))
+    axes.set(xlabel="step", ylabel="atom")
+    figure.colorbar(image, ax=axes, label="share of all weight")
+    return figure
+
+
+def plot_parts(panels: Mapping[str, Mapping[str, Sequence[float]]], steps: Sequence[float], unit: str) -> Figure:
+    """What decides the atoms' use over training: the three parts of its entropy, one on the other.
+
+    Args:
+        panels: by title, `entropy`, `by_input` and `by_block` at each step, as [`RouteStatistics.summary`] has them.
+        steps: the steps, or epochs.
+        unit: what they are.
+    """
+    labels = {"entropy": "left open by a route", "by_input": "by input", "by_block": "by block"}
+    figure = Figure(figsize=(5.5 * len(panels), 4))
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for (title, parts), axes in zip(panels.items(), grid, strict=True):
+        values = [list(parts[name]) for name in labels]
+        axes.stackplot(list(steps), values, labels=list(labels.values()), colors=COLOURS)
+        axes.set(title=title, xlabel=unit, ylabel="entropy of the atoms' use, nats")
+    grid[0].legend(fontsize=8)
     return figure
 
 
@@ -196,7 +239,7 @@ def plot_gradient_norms(methods: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def _heat_map(axes: Any, values: Tensor, vmax: float) -> Any:
-    return axes.imshow(values, cmap=MAP, vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
+    return axes.imshow(values.float().numpy(), cmap=MAP, vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
 
 
 def _shown(token: str) -> str:
