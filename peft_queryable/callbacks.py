@@ -30,10 +30,10 @@ class RoutingCallback(TrainerCallback):
 
     Of every `every`-th step, all routes that the loss depends on are counted: of all its micro batches and of all
     processes, without padding, generation and reference models. Nothing waits for the device until the trainer logs,
-    and then these are in the same entry, for every reporter: the entries of [`RouteStatistics.summary`], `gate_mean`,
-    `gradient_concentration` (after clipping, which leaves it as it is; not under FSDP and DeepSpeed), and with an
-    `eval_batch` `drift`, the share of weight that has moved to other atoms since the last entry, and
-    `drift_from_start`. An entry for which no step was counted has none of them.
+    and then the last counted step is in the same entry, for every reporter: the values of
+    [`RouteStatistics.summary`], `gate_mean`, `gradient_concentration` (after clipping, which leaves it as it is; not
+    under FSDP and DeepSpeed), and with an `eval_batch` `drift`, the share of weight that has moved to other atoms
+    since the last entry, and `drift_from_start`. An entry for which no step was counted has none of them.
 
     It also keeps TRL from writing a model card whose code cannot load the adapter: ours takes its place.
 
@@ -84,6 +84,7 @@ class RoutingCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
+            self.statistics = RouteStatistics()  # of several steps it would take what training moved for the input's
             hooks = self.tuner.model_hooks
             recorders = (*hooks.call.recorders, self._record)
             self.recording.enter_context(hooks.entered(recorders=recorders))

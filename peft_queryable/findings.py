@@ -7,7 +7,7 @@ from .statistics import Readings
 # With four weights of 1/4 that is a standard deviation of 0.01 in each.
 CONSTANT = 1e-3  # nats that the input decides
 MOST = 0.9  # of all weight, for one atom
-ENOUGH = 16  # routes per block before they can be called constant
+ENOUGH = 4  # routes per block before they can be called constant
 ENOUGH_PER_ATOM = 20  # the same per atom, before one can be called dead
 
 

@@ -77,7 +77,7 @@ def plot_usage(groups: Mapping[str, Tensor], blocks: Sequence[int] | None = None
     if len(groups) == 1:
         rows, titles, usages = names, list(groups), usages.transpose(0, 1)
     num_panels, num_rows, num_atoms = usages.shape
-    figure = Figure(figsize=(2.5 + num_panels * (0.4 + 0.13 * num_atoms), 1.2 + 0.26 * num_rows))
+    figure = Figure(figsize=(2.5 + num_panels * (0.4 + 0.09 * num_atoms), 1.2 + 0.26 * num_rows))
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1, num_panels, squeeze=False, sharey=True)[0]
     for title, usage, axes in zip(titles, usages, panels, strict=True):
@@ -198,7 +198,7 @@ def plot_matrix(values: Tensor, names: Sequence[str], label: str) -> Figure:
         names: of the groups.
         label: what the numbers are, with their unit.
     """
-    figure = Figure(figsize=(2.2 + 0.7 * len(names), 1.4 + 0.6 * len(names)))
+    figure = Figure(figsize=(2.6 + 0.8 * len(names), 1.6 + 0.6 * len(names)))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     finite = values[values.isfinite()]
@@ -207,7 +207,9 @@ def plot_matrix(values: Tensor, names: Sequence[str], label: str) -> Figure:
     for row, column in torch.cartesian_prod(torch.arange(len(names)), torch.arange(len(names))).tolist():
         value = float(values[row, column])
         text = "∞" if value == float("inf") else f"{value:.2g}"
-        axes.text(column, row, text, ha="center", va="center", color="black" if value > most / 2 else "white")
+        axes.text(
+            column, row, text, ha="center", va="center", fontsize=8, color="black" if value > most / 2 else "white"
+        )
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=axes, label=label)

