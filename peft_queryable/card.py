@@ -28,8 +28,9 @@ _BEGIN, _END = "<!-- Written by peft_queryable: begin -->", "<!-- Written by pef
 def model_card(adapter: str | Path) -> ModelCard:
     """The model card of a Queryable LoRA adapter, in place of one that knows nothing of the method.
 
-    `save_pretrained` leaves it by itself. transformers' `push_to_hub` and TRL's trainers write theirs over it, so
-    end with `model_card(name).push_to_hub(name)`, or `model_card(folder).save(f"{folder}/README.md")`.
+    `save_pretrained` leaves it by itself. transformers' `push_to_hub` and TRL's trainers write theirs over it: give
+    the trainer a [`RoutingCallback`], which keeps TRL from that, or end with `model_card(name).push_to_hub(name)`, or
+    `model_card(folder).save(f"{folder}/README.md")`.
 
     Args:
         adapter: the folder the adapter was saved in, or its name on the Hub.
@@ -43,9 +44,13 @@ def model_card(adapter: str | Path) -> ModelCard:
     config = PeftConfig.from_pretrained(str(adapter))
     if config.peft_type != "QUERYABLE_LORA":
         raise ValueError(f"{adapter} has the type {config.peft_type.value}: `model_card` takes QUERYABLE_LORA.")
+    return card_of(config, _ANY_ADAPTER if Path(adapter).is_dir() else str(adapter))
+
+
+def card_of(config: PeftConfig, name: str = _ANY_ADAPTER) -> ModelCard:
+    """The card of an adapter with this configuration, whose code loads it from `name`."""
     data = ModelCardData()
     _describe(data, config)
-    name = _ANY_ADAPTER if Path(adapter).is_dir() else str(adapter)
     template = "---\n{{ card_data }}\n---\n\n{{ text }}\n"
     return ModelCard.from_template(data, template_str=template, text=_section(config, name))
 

@@ -16,8 +16,8 @@ LEVELS = (
     ("calls.",),
     ("card", "config", "encoders"),
     ("tuner.",),
-    ("instruction", "tracing"),
-    ("check.",),
+    ("instruction", "tracing", "metrics", "statistics", "findings", "plots", "command"),
+    ("callbacks", "check.", "inspect."),
     ("__init__", "__main__"),
 )
 

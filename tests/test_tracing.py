@@ -18,7 +18,7 @@ from helpers.models import (
     two_adapters,
 )
 
-from peft_queryable import record_routing
+from peft_queryable import RouteStatistics, record_routing
 
 SCOPES = ["causal", "prompt", "sequence"]
 
@@ -131,3 +131,48 @@ def test_an_adapter_that_did_not_run():
         model(**text())
     with pytest.raises(ValueError, match=r"No route of adapter 'other' was recorded, only of \['default'\]"):
         trace.weights("other")
+
+
+@pytest.mark.parametrize(("every", "limit", "kept"), [(1, 2, [0, 1]), (3, None, [0, 3, 6]), (2, 3, [0, 2, 4])])
+def test_recording_is_bounded(every, limit, kept):
+    """Every so manieth call, and no more than the limit; statistics go on beyond it."""
+    model, batches = routed(), [text() for _ in range(7)]
+    with record_routing(model) as all_calls:
+        for batch in batches:
+            model(**batch)
+    with record_routing(model, every=every, limit=limit) as trace:
+        for batch in batches:
+            model(**batch)
+    assert len(trace.calls) == len(kept)
+    for call, index in zip(trace.calls, kept, strict=True):
+        for block, weights in call.weights.items():
+            assert torch.equal(weights, all_calls.calls[index].weights[block])
+    assert trace.statistics["default"].count == 10 * len(range(0, 7, every))  # real tokens
+
+
+def test_statistics_alone():
+    """With a limit of 0 no call is kept, and the statistics are those of all."""
+    model, batch = routed(), text()
+    with record_routing(model, limit=0) as bounded, record_routing(model) as trace:
+        model(**batch)
+        model(**batch)
+    assert bounded.calls == []
+    expected = RouteStatistics()
+    expected.add(trace.weights())
+    assert bounded.statistics["default"].summary() == pytest.approx(expected.summary(), abs=1e-12)
+
+
+@pytest.mark.parametrize("bad", [{"every": 0}, {"limit": -1}])
+def test_bounds_that_are_none(bad):
+    model, message = routed(), "takes `every` of 1 or more and `limit` of 0 or more"
+    with pytest.raises(ValueError, match=message), record_routing(model, **bad):
+        pass
+
+
+def test_a_row_without_its_padding():
+    model = routed(routing_scope="causal")
+    with record_routing(model) as trace:
+        model(**text())
+    (call,) = trace.calls
+    assert [len(call.row(0, row)) for row in (0, 1)] == [6, 4]
+    assert torch.equal(torch.cat([call.row(2, 0), call.row(2, 1)]), trace.weights()[2])

@@ -163,12 +163,11 @@ class AdapterCall:
     def record(self) -> RoutedCall | None:
         """The call's routes; None if it made none."""
         first_block = self.plan.first_block
-        weights = {first_block + b: route.weights.detach().cpu() for b, route in enumerate(self.routes) if route}
+        weights = {first_block + b: route.weights.detach() for b, route in enumerate(self.routes) if route}
         if not weights:
             return None
         is_per_token = next(iter(weights.values())).shape[1] > 1
-        real = self.real.cpu() if is_per_token and self.real is not None else None
-        return RoutedCall(*self.key, weights, real)
+        return RoutedCall(*self.key, weights, self.real if is_per_token else None)
 
     def seal(self) -> None:
         """Detach what a replay reads: the graph holds the replay, which must not hold the graph in turn."""

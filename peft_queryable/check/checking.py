@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..calls.cache import CACHE_NAMES
+from ..metrics import layer_name
 from ..tracing import record_routing
 from ..tuner.model import QueryableLoraModel
 from .copies import layers_of, mix_all_atoms, plain_lora, randomise, shared_copy
@@ -142,18 +143,11 @@ def stacks_of(model: PeftModel) -> list[StackFound]:
                 for name, layer in layers_of(model)
                 if adapter_name in layer.places and layer.places[adapter_name].stack is stack
             }
-            layers = {_layer_of(name) for name in places}
+            layers = {layer_name(name) for name in places}
             blocks = {place.block for place in places.values()}
             scope = stack.plans[adapter_name].scope.name
             found.append(StackFound(adapter_name, stack.name, scope, len(layers), len(blocks), len(places)))
     return found
-
-
-def _layer_of(name: str) -> str:
-    """Name of the repeated layer that holds the module `name`: up to its first number, if it has one."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
-    return ".".join(parts[: number + 1])
 
 
 def epsilon(model: nn.Module) -> float:

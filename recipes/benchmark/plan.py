@@ -7,13 +7,15 @@ from functools import lru_cache, partial
 
 import torch
 
+from peft_queryable import RoutingCallback
 from recipes.benchmark.launches import launches
 from recipes.benchmark.memory import memory_in_new_process
 from recipes.benchmark.methods import COUNTED, METHODS, adapted
 from recipes.benchmark.shapes import MODELS, Setup, base_model
 from recipes.benchmark.timing import flops, load_times, paired
-from recipes.benchmark.work import WORKS, can_do
+from recipes.benchmark.work import WORKS, can_do, train
 
+WATCHED = "causal"  # the scope with most routes
 GROWTH_LAYERS = 8  # enough for eight blocks
 SWEEPS = {
     "length": (64, 128, 256, 512, 1024),
@@ -81,6 +83,8 @@ def sections(args: Arguments) -> dict[str, Callable[[], dict]]:
                 )
         for work in args.works:
             todo[f"{setup.model}/memory/{work}"] = partial(memory, setup, tuple(args.methods), work)
+        if "train" in args.works and WATCHED in args.methods:
+            todo[f"{setup.model}/callback"] = partial(callback_times, setup, tuple(args.methods), args.rounds)
         todo[f"{setup.model}/sizes"] = partial(sizes, setup, tuple(args.methods), args.rounds)
     for name in args.sweeps:
         for value in SWEEPS.get(name, ())[: 2 if args.quick else None]:
@@ -109,6 +113,16 @@ def times(setup: Setup, methods: tuple[str, ...], work: str, rounds: int, compil
         return paired(runs, rounds)
     finally:
         torch.compiler.reset()
+
+
+def callback_times(setup: Setup, methods: tuple[str, ...], rounds: int) -> dict:
+    """Training steps with and without `RoutingCallback`, which counts the routes of each of them."""
+    model = models(setup, methods)[WATCHED]
+    runs = {
+        "plain": partial(train, model, WATCHED, setup, False),
+        "counted": partial(train, model, WATCHED, setup, False, callback=RoutingCallback(every=1)),
+    }
+    return paired(runs, rounds)
 
 
 def memory(setup: Setup, methods: tuple[str, ...], work: str) -> dict:

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, GenerationConfig, TrainerCallback, TrainerState
 from transformers.generation.streamers import BaseStreamer
 
 from recipes.benchmark.methods import INSTRUCTED, INSTRUCTION_DIM
@@ -91,17 +91,31 @@ def training_loss(call: Callable, method: str, setup: Setup) -> Tensor:
     return call(**given, labels=labels, use_cache=False).loss
 
 
-def train(model: nn.Module, method: str, setup: Setup, compiled: bool, checkpointing: bool = False) -> Run:
-    """A step of AdamW as transformers' Trainer takes it."""
+def train(
+    model: nn.Module,
+    method: str,
+    setup: Setup,
+    compiled: bool,
+    checkpointing: bool = False,
+    callback: TrainerCallback | None = None,
+) -> Run:
+    """A step of AdamW as transformers' Trainer takes it, with a callback's events."""
     model.train()
     (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     call = torch.compile(model) if compiled else model
 
+    events = (None, TrainerState(), None)
+    callback = callback or TrainerCallback()
+    callback.on_train_begin(*events, model=model)
+
     def step() -> None:
+        callback.on_step_begin(*events)
         training_loss(call, method, setup).backward()
+        callback.on_pre_optimizer_step(*events)
         optimizer.step()
         optimizer.zero_grad()
+        callback.on_step_end(*events)
 
     return clocked(step, setup)
 

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
 
-plt.rcParams["svg.hashsalt"] = "peft_queryable"  # the same names inside the file each time
+plt.rcParams |= {"svg.hashsalt": "peft_queryable", "svg.fonttype": "none"}  # the same file each time, text as text
 
 
 def save(figure, path: Path, **options) -> Path:

@@ -3,13 +3,13 @@
 import copy
 import statistics
 import time
-from pathlib import Path
 
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_quantization_config
 
-from peft_queryable import QueryableLoraConfig, model_card
+from peft_queryable import QueryableLoraConfig, RoutingCallback
 
+COUNTED_EVERY = 5  # steps: one for each entry of the recipes' logs
 WARM_UP_STEPS = 3  # not timed: memory is still being allocated
 
 
@@ -37,10 +37,10 @@ def finetune(trainer: SFTTrainer) -> dict:
     """Train, save the adapter, and return the run's numbers."""
     timer = StepTimer()
     trainer.add_callback(timer)
+    if isinstance(trainer.model.active_peft_config, QueryableLoraConfig):
+        trainer.add_callback(RoutingCallback(every=COUNTED_EVERY))
     trainer.train()
     trainer.save_model()
-    if isinstance(trainer.model.active_peft_config, QueryableLoraConfig):
-        save_card(trainer)
     if "wandb" in trainer.args.report_to:  # the Trainer leaves its run open, and the next run would go on in it
         import wandb
 
@@ -49,15 +49,8 @@ def finetune(trainer: SFTTrainer) -> dict:
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
         "seconds_per_step": statistics.median(timer.seconds[WARM_UP_STEPS:] or timer.seconds),
         "losses": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        "routes": [entry for entry in trainer.state.log_history if "routing/entropy" in entry],
     }
-
-
-def save_card(trainer: SFTTrainer) -> None:
-    """Write our model card over TRL's, whose code would load the adapter without registering the method."""
-    card = model_card(trainer.args.output_dir)
-    card.save(Path(trainer.args.output_dir, "README.md"))
-    if trainer.args.push_to_hub:
-        card.push_to_hub(trainer.hub_model_id, token=trainer.args.hub_token)
 
 
 class StepTimer(TrainerCallback):

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from recipes.common.figures import plt, save
+from peft_queryable.metrics import drift
+from peft_queryable.plots import plot_usage
+from recipes.common.figures import save
 from recipes.common.report import markdown_table
 
 NAMES = {
@@ -23,22 +26,22 @@ def table(held_out: dict) -> str:
     tasks = list(held_out["right"])
     rows = []
     for kind, results in held_out.items():
-        moved = np.mean([distance(results[task]["routes"], held_out["right"][task]["routes"]) for task in tasks])
+        moves = np.mean([moved(results[task]["routes"], held_out["right"][task]["routes"]) for task in tasks])
         rows.append(
             [
                 NAMES[kind],
                 f"{np.mean([results[task]['held_out_loss'] for task in tasks]):.3f}",
                 f"{np.mean([results[task]['exact_match'] for task in tasks]):.1%}",
                 *(f"{results[task]['exact_match']:.0%}" for task in tasks),
-                f"{moved:.2f}",
+                f"{moves:.2f}",
             ]
         )
     return markdown_table(["instruction", "held-out loss", "exact match", *tasks, "route moved"], rows)
 
 
-def distance(routes, others) -> float:
-    """Mean over blocks of the share of weight that lies on other atoms: 0 for equal routes, 1 for disjoint ones."""
-    return np.abs(np.subtract(routes, others)).sum(-1).mean() / 2
+def moved(routes: list, others: list) -> float:
+    """Share of weight that lies on other atoms, mean over the blocks; both are mean routes [blocks, atoms]."""
+    return float(drift(torch.tensor(others), torch.tensor(routes)))
 
 
 def plot_routes(held_out: dict, path: Path) -> None:
@@ -53,10 +56,4 @@ def plot_routes(held_out: dict, path: Path) -> None:
         kind: np.mean([held_out[kind][task]["routes"] for task in tasks], axis=0) for kind in ("none", "generic")
     }
     lines["random"] = held_out["random"][tasks[0]]["routes"]
-    routes = np.array(list(lines.values()))  # [lines, blocks, atoms]
-    figure, panels = plt.subplots(1, routes.shape[1], figsize=(10, 4), sharey=True, layout="constrained")
-    for block, axes in enumerate(np.atleast_1d(panels)):
-        image = axes.imshow(routes[:, block], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axes.set(title=f"block {block + 1}", xlabel="atom", yticks=range(len(lines)), yticklabels=lines)
-    figure.colorbar(image, ax=panels, label="mean routing weight")
-    save(figure, path)
+    save(plot_usage({name: torch.tensor(routes) for name, routes in lines.items()}), path)

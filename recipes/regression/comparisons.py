@@ -11,6 +11,7 @@ from recipes.regression.plots import NAMES
 
 OURS = ("queryable", "instruction")
 NOT_PEFT = ("soap",)
+ROUTE_PARTS = ("entropy", "by_input", "by_block", "dead")
 Results = dict[str, dict[str, dict[int, dict]]]  # records by method, function and seed
 
 
@@ -86,9 +87,9 @@ def variant_table(results: Results) -> str:
         runs = [run for run, _ in pairs]
         state = f"{sum(map(is_stuck, runs))} of {len(runs)}", first_gradient(runs)
         routes = [run["routes"][-1] for run in runs]
-        told = [f"{statistics.mean(r[part] for r in routes):.2f}" for part in routes[0]] if routes[0] else [""] * 4
+        told = [f"{statistics.mean(r[part] for r in routes):.2f}" for part in ROUTE_PARTS] if routes[0] else [""] * 4
         name = NAMES.get(method, f"`{method}`")
         rows.append([name, *(f"{exp(statistics.mean(logs)):.3g}" for logs in (train, test)), p, *state, *told])
     header = ["method", "train error / ours", "test error / ours", "p (Wilcoxon, train)", "stuck"]
     header.append(f"first layer's gradient norm, epoch {runs[0]['curve'][1][0]}")
-    return markdown_table([*header, "entropy of a route", "by example", "by block", "dead atoms"], rows)
+    return markdown_table([*header, "entropy of a route", "by input", "by block", "dead atoms"], rows)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from peft_queryable.metrics import concentration
 from recipes.regression.backbones import BACKBONES
 from recipes.regression.baselines import OURS, attach
 from recipes.regression.settings import Run, Setting
@@ -85,5 +86,5 @@ def summary(curve: list[list[float]], norms: Tensor) -> dict:
         "last_test": test[-1],
         "curve": curve,
         "gradient_norms": norms.tolist(),
-        "concentration": (norms.amax(1) / norms.mean(1)).tolist(),
+        "concentration": concentration(norms).tolist(),
     }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from peft_queryable.plots import plot_parts
 from recipes.common.figures import plt, save
 
 NAMES = {
@@ -59,14 +60,12 @@ def plot_gradients(results: dict, path: Path) -> None:
 
 def plot_routes(results: dict, path: Path) -> None:
     """What decides our routes, over epochs: the three parts of the entropy of the atoms' use, means over all runs."""
-    shown = [method for method in ("queryable", "instruction") if method in results]
-    figure, panels = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False, layout="constrained")
-    for method, axes in zip(shown, panels.flat, strict=True):
+    panels = {}
+    for method in (method for method in ("queryable", "instruction") if method in results):
         runs = [run for by_seed in results[method].values() for run in by_seed.values()]
         epochs = [point[0] for point in runs[0]["curve"][1:]]
-        parts = {"left open by a route": "entropy", "by example": "by_example", "by block": "by_block"}
-        means = [np.mean([[point[part] for point in run["routes"]] for run in runs], 0) for part in parts.values()]
-        axes.stackplot(epochs, means, labels=list(parts))
-        axes.set(title=NAMES[method], xlabel="epoch", ylabel="entropy of the atoms' use, nats")
-    panels[0, 0].legend(fontsize=7)
-    save(figure, path.with_name(f"{path.stem}-routes.svg"))
+        parts = ("entropy", "by_input", "by_block")
+        panels[NAMES[method]] = {
+            part: np.mean([[point[part] for point in run["routes"]] for run in runs], 0) for part in parts
+        }
+    save(plot_parts(panels, epochs, "epoch"), path.with_name(f"{path.stem}-routes.svg"))

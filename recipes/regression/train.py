@@ -11,8 +11,8 @@ from pytorch_optimizer import SOAP
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peft_queryable import RouteStatistics
 from recipes.regression.functions import FUNCTIONS
-from recipes.regression.routing import route_statistics
 from recipes.regression.settings import Run, Setting
 from recipes.regression.stacked import Data, EachRun, Stacked, adamw
 from recipes.regression.variants import VARIANTS, Variant
@@ -75,4 +75,9 @@ class Training:
     @torch.no_grad()
     def routes(self) -> list[dict[str, float]]:
         """Statistics of each run's routes of its training examples."""
-        return route_statistics(self.model.routes(self.data.x))
+        summaries = []
+        for routes in self.model.routes(self.data.x):  # [blocks, n, M] of a run
+            statistics = RouteStatistics()
+            statistics.add(dict(enumerate(routes)))
+            summaries.append(statistics.summary())
+        return summaries

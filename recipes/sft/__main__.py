@@ -36,7 +36,7 @@ from recipes.common.evaluate import HeldOutArguments
 from recipes.common.finetune import finetune, make_trainer
 from recipes.common.smollm2 import smollm2_folder
 from recipes.sft.data import reasoning_data
-from recipes.sft.results import plot_curves, table
+from recipes.sft.results import plot_curves, plot_routes, table
 
 
 @dataclass
@@ -68,6 +68,7 @@ def main(script_args, test_args, training_args, model_args, queryable_args):
 
     (output / "results.json").write_text(json.dumps(results, indent=2))
     plot_curves(results, output / "curves.png")
+    plot_routes(results, output / "routes.svg")
     print(table(results))
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from peft_queryable.plots import plot_history
 from recipes.common.figures import plt, save
 from recipes.common.report import markdown_table
 
@@ -34,3 +35,9 @@ def plot_curves(results: dict, path: Path) -> None:
     axes.set(xlabel="step", ylabel="training loss")
     axes.legend()
     save(figure, path, dpi=120)
+
+
+def plot_routes(results: dict, path: Path) -> None:
+    """What was logged of our routes over the steps, if anything was."""
+    if routes := results.get("queryable", {}).get("routes"):
+        save(plot_history(routes), path)

@@ -29,6 +29,11 @@ def test_two_processes_equal_one(strategy, scope, checkpointing):
     launch(strategy, scope, checkpointing)
 
 
+def test_the_routing_callback_is_about_all_processes(tmp_path):
+    """Under DDP, the entries are those of one process on the joined batch."""
+    launch("callback", str(tmp_path))
+
+
 def test_fsdp1_with_the_policy_of_peft_is_refused():
     """PEFT's wrap policy for FSDP1 keeps modules from reading the adapter's tensors together."""
     launch("fsdp1")

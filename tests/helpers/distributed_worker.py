@@ -7,14 +7,18 @@ import sys
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from peft import get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 from helpers.models import adapted, llama, randomise, token_ids
+from helpers.trainers import settings
+from peft_queryable import RoutingCallback, record_routing
 
 
 def build(scope: str, is_checkpointing: bool) -> nn.Module:
@@ -96,6 +100,22 @@ def fsdp1_with_the_policy_of_peft() -> None:
         raise AssertionError("not refused")
 
 
+def callback(folder: str) -> None:
+    """What is logged in each process is about the routes of both."""
+    rows = [row.tolist() for row in token_ids(4, 8)]
+    model = build("causal", False).float()
+    with torch.no_grad(), record_routing(model) as trace:
+        model(input_ids=torch.tensor(rows))
+    arguments = TrainingArguments(**settings(folder, max_steps=1, ddp_backend="gloo"))
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])  # one step takes all of it
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[RoutingCallback(every=1)])
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    for name, value in trace.statistics["default"].summary().items():
+        assert abs(entry[f"routing/{name}"] - value) < 1e-6, (name, entry[f"routing/{name}"], value)
+
+
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -108,6 +128,8 @@ if __name__ == "__main__":
         zero(stage=int(sys.argv[1].removeprefix("zero")))
     elif sys.argv[1] == "fsdp1":
         fsdp1_with_the_policy_of_peft()
+    elif sys.argv[1] == "callback":
+        callback(sys.argv[2])
     else:
         check(strategy=sys.argv[1], scope=sys.argv[2], is_checkpointing=sys.argv[3] == "checkpointing")
     dist.barrier()

@@ -187,3 +187,13 @@ def test_the_page_has_a_place(device, measured):
     page = (ROOT / "docs/speed.md").read_text()
     for edge in ("start", "end"):
         assert page.count(f"<!-- {edge} of recipes.benchmark --device {device} {measured} -->") == 1
+
+
+def test_the_callback_is_timed(tmp_path, capsys):
+    """Steps whose routes are counted beside steps without, and one line of the report about them."""
+    chosen = {"methods": ["lora", "causal"], "works": ["train"], "sweeps": ["none"], "threads": 1, "quick": True}
+    recipe.main(Arguments(output_dir=str(tmp_path), **chosen | QUICK))
+    times = json.loads((tmp_path / "benchmark.json").read_text())["sections"]["tiny/callback"]
+    assert {method: len(seconds) for method, seconds in times["seconds"].items()} == {"plain": 2, "counted": 2}
+    ratio = sum(a / b for a, b in zip(times["seconds"]["counted"], times["seconds"]["plain"], strict=True)) / 2
+    assert f"whose routes `RoutingCallback` counts takes {ratio:.3f} (" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from recipes.regression.paper import FIGURES
 def finished(path, errors: dict[str, dict[str, list[float]]]) -> None:
     """Records of runs by method and function, whose training error and test error are one number per seed."""
     curve = {"curve": [[0, 1.0, 1.0], [1, 0.5, 0.5]], "gradient_norms": [[1.0, 2.0]], "concentration": [4 / 3]}
-    told = [{"entropy": 0.5, "by_example": 0.25, "by_block": 0.125, "dead": 1}]
+    told = [{"entropy": 0.5, "by_input": 0.25, "by_block": 0.125, "dead": 1}]
     routes = {method: {"routes": [None] if method == "lora" else told} for method in errors}
     records = [
         {"method": method, "function": function, "seed": seed, "train": error, "test": error + 1, **curve}

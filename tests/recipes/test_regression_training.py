@@ -13,7 +13,6 @@ from peft_queryable import record_routing
 from recipes.regression.backbones import BACKBONES
 from recipes.regression.baselines import INSTRUCTION_DIM, attach
 from recipes.regression.phases import adapt, pretrain, summary
-from recipes.regression.routing import route_statistics
 from recipes.regression.settings import SETTINGS, Run
 from recipes.regression.stacked import Data, Stacked
 from recipes.regression.train import optimizer, sample
@@ -115,18 +114,6 @@ def test_routes_of_stacked_models_are_theirs():
             model(points)
         for block, weights in trace.weights().items():
             torch.testing.assert_close(found[block], weights)
-
-
-def test_route_statistics():
-    """A router that decides by block alone, one that decides by example alone, and one that leaves all open."""
-    eye, n = torch.eye(4), 8
-    by_block = eye[:2, None].expand(2, n, 4)
-    by_example = eye[torch.arange(n) % 4].expand(2, n, 4)
-    open_ = torch.full((2, n, 4), 0.25)
-    expected = [(0, 0, math.log(2), 2), (0, math.log(4), 0, 0), (math.log(4), 0, 0, 0)]
-    for found, values in zip(route_statistics(torch.stack([by_block, by_example, open_])), expected, strict=True):
-        assert list(found) == ["entropy", "by_example", "by_block", "dead"]
-        assert list(found.values()) == pytest.approx(values, abs=1e-6)
 
 
 def test_summary():

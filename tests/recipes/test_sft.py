@@ -8,6 +8,7 @@ import torch
 import yaml
 from helpers.recipes import ROOT, run, sft_arguments
 from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_queryable  # noqa: F401  for PeftModel.from_pretrained
@@ -84,6 +85,22 @@ def test_evaluation_equals_one_example_at_a_time(sft, model_folder, data_folder,
         correct += tokenizer.decode(answer, skip_special_tokens=True) == reference
     assert results[method]["held_out_loss"] == pytest.approx(loss / tokens, rel=1e-4)
     assert results[method]["exact_match"] == correct / 10
+
+
+def test_tensorboard_has_the_routes(model_folder, data_folder, tmp_path):
+    """The event file of a run with `--report_to tensorboard`, read back, has what results.json has, step by step."""
+    settings = ["--max_steps", 10, "--methods", "queryable", "--report_to", "tensorboard"]
+    run("recipes.sft", *sft_arguments(model_folder, data_folder, tmp_path), *settings)
+    logged = json.loads((tmp_path / "results.json").read_text())["queryable"]["routes"]
+    (file,) = (tmp_path / "queryable").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    names = {name for entry in logged for name in entry if name.startswith("routing/")}
+    assert {"routing/entropy", "routing/by_input", "routing/gradient_concentration"} <= names
+    for name in names:
+        read = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert read == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in logged]
+    assert [entry["step"] for entry in logged] == [1, 6]
+    assert "by_input" in (tmp_path / "routes.svg").read_text()
 
 
 def test_both_methods_see_the_same_batches(command_line, model_folder, data_folder, tmp_path):
