@@ -5,6 +5,7 @@ from .check.checking import check_model
 from .check.report import Check, CheckReport, StackFound
 from .encoders import BackboneEncoder, InstructionEncoder, SentenceEncoder
 from .instruction import InstructionCollator, set_default_instruction, use_instructions
+from .routes import Routes, fix_routes, instruction_routes, mean_routes, set_fixed_routes
 from .tracing import RoutedCall, RoutingTrace, record_routing
 from .tuner.registration import QueryableLoraConfig, QueryableLoraModel, register
 from .version import __version__
@@ -18,14 +19,19 @@ __all__ = [
     "QueryableLoraConfig",
     "QueryableLoraModel",
     "RoutedCall",
+    "Routes",
     "RoutingTrace",
     "SentenceEncoder",
     "StackFound",
     "__version__",
     "check_model",
+    "fix_routes",
+    "instruction_routes",
+    "mean_routes",
     "model_card",
     "record_routing",
     "set_default_instruction",
+    "set_fixed_routes",
     "use_instructions",
 ]
 

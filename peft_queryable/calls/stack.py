@@ -45,6 +45,7 @@ class Stack:
         self.current = Current()
         currents.append(self.current)
         self.plans: dict[str, Plan] = {}
+        self.merged: set[str] = set()  # adapters that are in the base weights for now
         self.parameters = parameter_names(owner)
         self.checkpointing: list[Any] = [m for m in owner.modules() if hasattr(m, "gradient_checkpointing")]
         self.hooks = [
@@ -107,7 +108,7 @@ class Stack:
         )
         stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
         plans = [plan for plan in self.model_hooks.active_plans() if self.plans.get(plan.adapter_name) is plan]
-        if self.is_loose and any(plan.router.reads_states for plan in plans):
+        if self.is_loose and any(stack_call.model_call.reads_tokens(plan) for plan in plans):
             stack_call = stack_call.reading()
         call = RunningCall(stack_call, self.plans)
         self.current.open(call)
