@@ -4,6 +4,7 @@ from .card import model_card
 from .check.checking import check_model
 from .check.report import Check, CheckReport, StackFound
 from .encoders import BackboneEncoder, InstructionEncoder, SentenceEncoder
+from .export.lora import export_lora
 from .instruction import InstructionCollator, set_default_instruction, use_instructions
 from .routes import Routes, fix_routes, instruction_routes, mean_routes, set_fixed_routes
 from .tracing import RoutedCall, RoutingTrace, record_routing
@@ -25,6 +26,7 @@ __all__ = [
     "StackFound",
     "__version__",
     "check_model",
+    "export_lora",
     "fix_routes",
     "instruction_routes",
     "mean_routes",

@@ -79,7 +79,7 @@ def mean_routes(
     means = {}
     for label, by_block in sums.items():
         number = max(count for (of, _), count in counts.items() if of == label)
-        source = f"mean of {number} recorded routes per block" + ("" if by is None else f" of the group {label!r}")
+        source = f"mean of {number} routes" + ("" if by is None else f" of group {label!r}")
         weights = {block: total / max(counts[label, block], 1) for block, total in sorted(by_block.items())}
         means[label] = Routes(weights, adapter_name, source)
     return means[None] if by is None else means

@@ -17,7 +17,8 @@ LEVELS = (
     ("card", "config", "encoders"),
     ("tuner.",),
     ("instruction", "tracing"),
-    ("check.",),
+    ("routes",),
+    ("check.", "export."),
     ("__init__", "__main__"),
 )
 
