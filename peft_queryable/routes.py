@@ -34,9 +34,7 @@ class Routes:
     source: str = "given by hand"
 
 
-def mean_routes(
-    trace: RoutingTrace, adapter_name: str = "default", by: Sequence[Hashable] | None = None
-) -> Any:
+def mean_routes(trace: RoutingTrace, adapter_name: str = "default", by: Sequence[Hashable] | None = None) -> Any:
     """The mean of recorded routes, over the tokens or, where one route serves a sequence, over the sequences.
 
     One mean over a mixture of tasks throws much of an adapter away: see docs/serving.md.
@@ -73,15 +71,15 @@ def mean_routes(
     if by is not None and (wrong := {stack: n for stack, n in rows.items() if n != len(labels)}):
         stack, number = next(iter(wrong.items()))
         raise ValueError(
-            f"`by` has {len(labels)} groups, but {stack} was called with {number} rows: give the group of each row, in "
-            "the order of the calls, and record each row once, with `model(**batch)` rather than `generate`."
+            f"`by` has {len(labels)} groups, but {stack} was called with {number} rows: give the group of each row, "
+            "in the order of the calls, and record each row once, with `model(**batch)` rather than `generate`."
         )
     means = {}
     for label, by_block in sums.items():
         number = max(count for (of, _), count in counts.items() if of == label)
         source = f"mean of {number} routes" + ("" if by is None else f" of group {label!r}")
-        weights = {block: total / max(counts[label, block], 1) for block, total in sorted(by_block.items())}
-        means[label] = Routes(weights, adapter_name, source)
+        mean = {block: total / max(counts[label, block], 1) for block, total in sorted(by_block.items())}
+        means[label] = Routes(mean, adapter_name, source)
     return means[None] if by is None else means
 
 
@@ -152,7 +150,9 @@ def fix_routes(model: nn.Module, routes: Routes | Sequence[Routes]) -> Iterator[
         yield
 
 
-def set_fixed_routes(model: nn.Module, routes: Routes | Sequence[Routes] | None, adapter_name: str = "default") -> None:
+def set_fixed_routes(
+    model: nn.Module, routes: Routes | Sequence[Routes] | None, adapter_name: str = "default"
+) -> None:
     """Fix the routes of an adapter for all calls of `model`, in every thread, until they are set anew.
 
     `save_pretrained` saves the routed adapter all the same; `export_lora` writes the fixed one.

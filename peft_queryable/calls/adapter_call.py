@@ -20,8 +20,8 @@ class AdapterCall:
     """One adapter in one call of one stack.
 
     Its routes are made block by block while the stack runs, or it is born with routes: those that are fixed, or those
-    that an earlier prefill left on the cache. Only the call itself adds to it; layers that gradient checkpointing runs again read it through
-    an [`AdapterReplay`](replay.py).
+    that an earlier prefill left on the cache. Only the call itself adds to it; layers that gradient checkpointing runs
+    again read it through an [`AdapterReplay`](replay.py).
 
     Args:
         plan: how the adapter routes the stack.

@@ -77,7 +77,7 @@ class ModelCall:
         None if they are not fixed.
 
         Raises:
-            ValueError: if there is another number of sets than rows, or if the call has an instruction for the adapter.
+            ValueError: for another number of sets than rows, or if the call has an instruction for the adapter.
         """
         weights = self.routes.get(plan.adapter_name)
         if weights is None:

@@ -78,7 +78,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("adapter", metavar="ADAPTER", help="a folder, or a name on the Hub")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     parser.add_argument("--instruction", metavar="TEXT", help="the routes that this instruction chooses")
-    parser.add_argument("--calibrate", metavar="FILE.jsonl", help="lines with text, messages, or prompt and completion")
+    parser.add_argument(
+        "--calibrate", metavar="FILE.jsonl", help="lines with text, messages, or prompt and completion"
+    )
     parser.add_argument("--group", metavar="COLUMN", help="write one LoRA for each value of this column of the lines")
     parser.add_argument("--merge", action="store_true", help="write a whole model instead of a LoRA")
     parser.add_argument("--base", help="the base model, if it is elsewhere than the adapter says")
@@ -100,7 +102,7 @@ def read(path: str, column: str | None) -> dict[Any, list[dict[str, Any]]]:
             if column is not None and column not in line:
                 raise ValueError(f"Line {number} of {path} has no column {column!r}; it has {sorted(line)}.")
             value = None if column is None else line[column]
-            if value is not None and Path(str(value)).name != str(value):
+            if column is not None and (str(value) in ("", "..") or Path(str(value)).name != str(value)):
                 raise ValueError(f"Line {number} of {path}: {value!r} cannot be the name of a folder.")
             groups.setdefault(value, []).append(line)
     for value, lines in groups.items():
@@ -157,7 +159,9 @@ def batches(lines: Any, tokenizer: Any, model: PeftModel, options: argparse.Name
 
 def report(name: str, measured: dict[str, float]) -> None:
     """Print the losses side by side, and warn where fixing costs more than `GAP`."""
-    print(f"{name}: loss per token on every {HELD_OUT}th line: " + ", ".join(f"{k} {v:.4f}" for k, v in measured.items()))
+    print(
+        f"{name}: loss per token on every {HELD_OUT}th line: " + ", ".join(f"{k} {v:.4f}" for k, v in measured.items())
+    )
     gap = measured["fixed"] - measured["routed"]
     if gap > GAP:
         print(

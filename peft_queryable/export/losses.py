@@ -52,4 +52,6 @@ def losses(
 def _loss(model: PeftModel, batch: Mapping[str, Tensor], targets: Tensor) -> float:
     """Sum of the losses of the tokens `targets` [B, T], -100 where they do not count."""
     logits = model(**batch).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum").item()
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    ).item()

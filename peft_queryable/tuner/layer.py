@@ -23,6 +23,7 @@ class QueryableLoraLayer(MergingLayer):
     """LoRA factors of one module, with a gate logit beside them; one of each for every adapter."""
 
     if TYPE_CHECKING:  # what PEFT's untyped classes set
+        merged_adapters: list[str]
         base_layer: Any
         lora_A: Any
         lora_B: Any

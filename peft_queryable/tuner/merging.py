@@ -91,7 +91,7 @@ class MergingLayer(LoraLayer):
         base_layer, bias = self.get_base_layer(), self.lora_B[adapter_name].bias
         if bias is not None and base_layer.bias is None:
             raise RuntimeError(
-                f"Adapter {adapter_name!r} has `lora_bias=True`, and cannot be merged into a base layer without a bias."
+                f"Adapter {adapter_name!r} has `lora_bias=True`, and cannot be merged into a base layer without bias."
             )
         weight = self.get_base_weight()
         weight = (weight + sign * delta.to(weight.device)).to(weight.dtype)
@@ -159,8 +159,8 @@ def fixed_weights(hooks: ModelHooks, adapter_name: str, router: Router) -> Tenso
         return static_weights(router, None) if is_static else None
     if len(weights) != 1:
         raise ValueError(
-            f"The routes of adapter {adapter_name!r} are fixed at {len(weights)} sets, one for each row of a batch: fix "
-            "one of them to merge or export it."
+            f"The routes of adapter {adapter_name!r} are fixed at {len(weights)} sets, one for each row of a batch: "
+            "fix one of them to merge or export it."
         )
     return weights[0]
 

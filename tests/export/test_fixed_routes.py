@@ -7,7 +7,18 @@ import json
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, LLAMA_PROJECTIONS, adapted, gpt2, llama, opt, outputs, randomise, text, two_adapters
+from helpers.models import (
+    ARCHITECTURES,
+    LLAMA_PROJECTIONS,
+    adapted,
+    gpt2,
+    llama,
+    opt,
+    outputs,
+    randomise,
+    text,
+    two_adapters,
+)
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -30,7 +41,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The export carries:UserWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor.*invalid shape:peft.utils.warning.PeftWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Adapter 'default'. . LoRA tensor.*invalid shape:peft.utils.warning.PeftWarning"
+    ),
     pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning"),
 ]
 
@@ -60,26 +73,31 @@ def trained(model: nn.Module, **fields) -> PeftModel:
     return model
 
 
-FORMS = {
-    name: (a.build, a.inputs, {"target_modules": a.targets}) for name, a in ARCHITECTURES.items()
-} | {
-    f"llama {name}": (llama, text, {"target_modules": LLAMA_PROJECTIONS} | fields)
-    for name, fields in {
-        "prompt": {"routing_scope": "prompt"},
-        "rslora, alpha_pattern": {"use_rslora": True, "alpha_pattern": {"q_proj": 3, r"layers\.1\.mlp.down_proj": 5}},
-        "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
-        "tokens": {"trainable_token_indices": [3, 5, 9]},
-        "layers": {"layers_to_transform": [1, 3]},
-        "regex": {"target_modules": r".*layers\.[13].*(q|down)_proj"},
-        "orthogonal": {"init_lora_weights": "orthogonal"},
-        "instruction": {"instruction_dim": 5},
-        "all-linear": {"target_modules": "all-linear"},
-    }.items()
-} | {
-    "opt bias": (opt, text, {"target_modules": ["q_proj", "fc1"], "bias": "all"}),
-    "opt lora_bias": (opt, text, {"target_modules": ["q_proj", "fc1"], "lora_bias": True, "lora_alpha": 3}),
-    "gpt2 fan_in_fan_out": (gpt2, text, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-}
+FORMS = (
+    {name: (a.build, a.inputs, {"target_modules": a.targets}) for name, a in ARCHITECTURES.items()}
+    | {
+        f"llama {name}": (llama, text, {"target_modules": LLAMA_PROJECTIONS} | fields)
+        for name, fields in {
+            "prompt": {"routing_scope": "prompt"},
+            "rslora, alpha_pattern": {
+                "use_rslora": True,
+                "alpha_pattern": {"q_proj": 3, r"layers\.1\.mlp.down_proj": 5},
+            },
+            "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+            "tokens": {"trainable_token_indices": [3, 5, 9]},
+            "layers": {"layers_to_transform": [1, 3]},
+            "regex": {"target_modules": r".*layers\.[13].*(q|down)_proj"},
+            "orthogonal": {"init_lora_weights": "orthogonal"},
+            "instruction": {"instruction_dim": 5},
+            "all-linear": {"target_modules": "all-linear"},
+        }.items()
+    }
+    | {
+        "opt bias": (opt, text, {"target_modules": ["q_proj", "fc1"], "bias": "all"}),
+        "opt lora_bias": (opt, text, {"target_modules": ["q_proj", "fc1"], "lora_bias": True, "lora_alpha": 3}),
+        "gpt2 fan_in_fan_out": (gpt2, text, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    }
+)
 
 
 @pytest.mark.filterwarnings("ignore:.*has the routing scope 'prompt':UserWarning")
@@ -218,7 +236,7 @@ def test_mixed_batch_and_several_adapters():
     with fix_routes(model, routes), fix_routes(model, random_routes(model, "two")):
         both = outputs(model, inputs)
         model.merge_adapter()
-        with pytest.raises(ValueError, match="while .* are merged"):
+        with pytest.raises(ValueError, match=r"while .* are merged"):
             model(**inputs, adapter_names=names)
     close(outputs(model, inputs), both)
     with model.disable_adapter():
@@ -258,7 +276,9 @@ def test_instruction_routes(tmp_path):
     routes = instruction_routes(model, embedding)
     with fix_routes(model, routes):
         close(outputs(model, inputs), expected)
-        with pytest.raises(ValueError, match="An instruction was given, but the routes of adapter 'default' are fixed"):
+        with pytest.raises(
+            ValueError, match="An instruction was given, but the routes of adapter 'default' are fixed"
+        ):
             model(**inputs, instruction_embeds=embedding)
     with use_instructions(model, embedding), fix_routes(model, routes), pytest.raises(ValueError, match="are fixed"):
         model(**inputs)
@@ -325,7 +345,8 @@ def test_bad_routes(case, tmp_path):
 @pytest.mark.parametrize("init", ["olora", "pissa"])
 def test_moved_base_weights(init, tmp_path):
     """No LoRA on the original base equals the adapter: the export is refused, the merged model is right."""
-    model, inputs = trained(llama(), target_modules=["q_proj"], init_lora_weights=init), text()
+    base = llama().float()  # which is what PEFT can decompose
+    model, inputs = trained(base, target_modules=["q_proj"], init_lora_weights=init).double(), text()
     routes = random_routes(model)
     with pytest.raises(ValueError, match=f"'{init}'.*moved a part of the base weights"):
         export_lora(model, tmp_path / "lora", routes)
