@@ -104,7 +104,7 @@ A [PEFT](https://huggingface.co/docs/peft) adapter{of_base}, trained with Querya
 
 LoRA's update `B A` becomes `B (I + g S) A`, where `S` is a sparse mixture of a small bank of atoms that the whole
 model shares ([arXiv 2605.08423](https://arxiv.org/abs/2605.08423)). A router chooses the mixture for each block of
-layers from the input, so the adapter cannot be merged into the base model.
+layers from the input. With its routes fixed the adapter is a plain LoRA: `python -m peft_queryable.export`.
 
 ## Use
 

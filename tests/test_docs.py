@@ -90,7 +90,8 @@ def blocks(page: str, language: str) -> list[re.Match]:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/scopes.md", "docs/trl.md", "docs/instructions.md", "docs/adapters.md"]
+    "name",
+    ["README.md", "docs/scopes.md", "docs/trl.md", "docs/instructions.md", "docs/adapters.md", "docs/serving.md"],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:trl")
 @pytest.mark.filterwarnings("ignore::FutureWarning:trl")

@@ -125,7 +125,7 @@ def _warn_engines(config: LoraConfig) -> None:
     if carried:
         warnings.warn(
             f"The export carries {carried}, which vLLM refuses in a LoRA, and llama.cpp leaves out or refuses. "
-            "PEFT and transformers load it. For other engines write the merged model: `--merge`, or `merge_and_unload` under "
-            "`fix_routes`.",
+            "PEFT and transformers load it. For other engines write the merged model: `--merge`, or "
+            "`merge_and_unload` under `fix_routes`.",
             stacklevel=3,
         )
