@@ -83,11 +83,7 @@ class ModelCall:
         if weights is None:
             return None
         if self.instruction_embeds is not None or plan.adapter_name in (self.instructions or {}):
-            raise ValueError(
-                f"An instruction was given, but the routes of adapter {plan.adapter_name!r} are fixed, so it would "
-                "change nothing. Leave the instruction out, or fix the routes that it chooses: "
-                "`instruction_routes(model, text)`."
-            )
+            raise _idle_instruction(plan.adapter_name)
         weights = weights[:, plan.first_block : plan.first_block + plan.num_blocks]
         return self._by_row(weights, batch, "sets of routes")
 
@@ -129,6 +125,7 @@ class ModelHooks:
     def __init__(self, model: nn.Module, active_plans: Callable[[], list[Plan]]) -> None:
         self.current = Current()
         self.outside = ModelCall()  # what holds outside of every call and block: routes that are fixed for good
+        self.merged: set[str] = set()  # adapters that are in the base weights for now
         self.active_plans = active_plans
         self.is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.parameters = parameter_names(model)
@@ -270,8 +267,17 @@ class ModelHooks:
             )
 
     def _check_instruction(self, embeds: Tensor | None) -> None:
+        if told := self.merged if embeds is not None else self.merged & set(self.call.instructions or ()):
+            raise _idle_instruction(min(told))
         for plan in self.active_plans() if embeds is not None else ():
             check_embeds(embeds, plan.adapter_name, plan.router.settings.instruction_dim, "`instruction_embeds`")
+
+
+def _idle_instruction(adapter_name: str) -> ValueError:
+    return ValueError(
+        f"An instruction was given, but the routes of adapter {adapter_name!r} are fixed, so it would change nothing. "
+        "Leave the instruction out, or fix the routes that it chooses: `instruction_routes(model, text)`."
+    )
 
 
 def check_embeds(embeds: Any, adapter_name: str, dim: int | None, source: str) -> None:

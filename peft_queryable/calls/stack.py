@@ -45,7 +45,6 @@ class Stack:
         self.current = Current()
         currents.append(self.current)
         self.plans: dict[str, Plan] = {}
-        self.merged: set[str] = set()  # adapters that are in the base weights for now
         self.parameters = parameter_names(owner)
         self.checkpointing: list[Any] = [m for m in owner.modules() if hasattr(m, "gradient_checkpointing")]
         self.hooks = [

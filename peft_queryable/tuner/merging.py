@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -75,16 +74,14 @@ class MergingLayer(LoraLayer):
             self._add(delta, name, 1, safe_merge)
             self.merged_deltas[name] = delta
             self.merged_adapters.append(name)
-            self.places[name].stack.merged.add(name)
+            self.places[name].stack.model_hooks.merged.add(name)
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the base weight, under the routes that it was merged with."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             self._add(self.merged_deltas.pop(name), name, -1, False)
-            self.places[name].stack.merged.discard(name)
+            self.places[name].stack.model_hooks.merged.discard(name)
 
     def _add(self, delta: Tensor, adapter_name: str, sign: int, is_checked: bool) -> None:
         """Add an adapter's update to the base layer, or take it away."""
@@ -115,7 +112,7 @@ class MergingTuner(BaseTuner):
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        if any(stack.merged for stack in self.stacks):
+        if self.model_hooks.merged:
             super().unmerge_adapter()
 
     def _unload_and_optionally_merge(

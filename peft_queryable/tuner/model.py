@@ -174,7 +174,7 @@ class QueryableLoraModel(MergingTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        if merged := sorted({name for stack in self.stacks for name in stack.merged}):
+        if merged := sorted(self.model_hooks.merged):
             raise ValueError(f"`adapter_names` cannot name rows while {merged} are merged: `model.unmerge_adapter()`.")
         for module in self.model.modules():
             if (

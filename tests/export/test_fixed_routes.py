@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from helpers.models import (
     text,
     two_adapters,
 )
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from peft_queryable import (
     QueryableLoraConfig,
@@ -417,3 +418,97 @@ def test_routes_leave_with_their_adapter():
     with record_routing(model.eval()) as trace:
         outputs(model, inputs)
     assert (trace.weights("second")[0] == 0).any()  # top-k, as only a router chooses
+
+
+def test_a_merged_adapter_takes_no_instruction():
+    """In the weights it cannot follow one, so a call or a block that gives one raises."""
+    model, inputs = trained(llama(), target_modules=["q_proj"], instruction_dim=5), text()
+    embedding = torch.randn(1, 5)
+    with fix_routes(model, random_routes(model)):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="are fixed"):
+        model(**inputs, instruction_embeds=embedding)
+    with pytest.raises(ValueError, match="are fixed"):
+        model.generate(**inputs, instruction_embeds=embedding, max_new_tokens=1)
+    with pytest.raises(ValueError, match="are fixed"), use_instructions(model, embedding):
+        model(**inputs)
+    model.unmerge_adapter()
+    model(**inputs, instruction_embeds=embedding)
+
+
+@pytest.mark.parametrize("leave", ["disable_adapter", "set_adapter"])
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning")
+def test_leaving_a_merged_adapter_unmerges_it(leave):
+    """As with LoRA, disabling or setting adapters takes it out of the weights; from then on it is routed again."""
+    base, inputs = llama(), text()
+    plain = outputs(base, inputs)
+    model = trained(copy.deepcopy(base), target_modules=LLAMA_PROJECTIONS)
+    routed = outputs(model, inputs)
+    with fix_routes(model, random_routes(model)):
+        model.merge_adapter()
+    if leave == "disable_adapter":
+        with model.disable_adapter():
+            close(outputs(model, inputs), plain)
+    else:
+        model.set_adapter("default")
+    close(outputs(model, inputs), routed)
+
+
+def test_conversion_of_pefts_own():
+    """`convert_to_lora` takes an adapter with fixed routes, and approximates it; routed, it is refused."""
+    model, inputs = trained(llama(), target_modules=["q_proj"], task_type="CAUSAL_LM"), text()
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=4)
+    with fix_routes(model, random_routes(model)):
+        fixed = outputs(model, inputs)
+        config, tensors = convert_to_lora(model, rank=4)
+    lora = get_peft_model(model.unload(), config).eval()
+    set_peft_model_state_dict(lora, tensors)
+    torch.testing.assert_close(outputs(lora, inputs), fixed, atol=1e-4, rtol=1e-4)
+
+
+def test_caches_between_routed_and_fixed():
+    """A cache that was filled routed goes on fixed; one that was filled fixed cannot go on routed, and says so."""
+    model, ids = trained(llama(), target_modules=LLAMA_PROJECTIONS), text()["input_ids"]
+    cache = DynamicCache(config=model.config)
+    with fix_routes(model, random_routes(model)), torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        first = model(input_ids=ids[:, :4], past_key_values=cache).logits
+        close(torch.cat([first, model(input_ids=ids[:, 4:], past_key_values=cache).logits], 1), whole)
+    with pytest.raises(ValueError, match="The cache holds 6 tokens, but adapter 'default' routed 0"):
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    with torch.no_grad():
+        cache = model(input_ids=ids).past_key_values
+        with fix_routes(model, random_routes(model)):
+            assert model(input_ids=ids[:, :1], past_key_values=cache).logits.isfinite().all()
+
+
+def test_threads():
+    """A block holds in its own thread, routes that are set hold in all."""
+    model, inputs = trained(llama(), target_modules=["q_proj"]), text()
+    routed, routes = outputs(model, inputs), random_routes(model)
+    with ThreadPoolExecutor(1) as pool:
+        with fix_routes(model, routes):
+            fixed = outputs(model, inputs)
+            close(pool.submit(outputs, model, inputs).result(), routed)
+        set_fixed_routes(model, routes)
+        close(pool.submit(outputs, model, inputs).result(), fixed)
+
+
+def test_compiled():
+    """Under fixed routes the model makes one graph, and gives the same."""
+    model, inputs = trained(llama(), target_modules=["q_proj"]), text()
+    set_fixed_routes(model, random_routes(model))
+    expected = outputs(model, inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad():
+        close(compiled(**inputs).logits, expected)
+
+
+def test_a_copy_keeps_its_routes():
+    model, inputs = trained(llama(), target_modules=["q_proj"]), text()
+    set_fixed_routes(model, random_routes(model))
+    expected = outputs(model, inputs)
+    copied = copy.deepcopy(model)
+    set_fixed_routes(model, None)
+    close(outputs(copied, inputs), expected)
