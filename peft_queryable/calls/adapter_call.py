@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..method.route import Route, leaf, make_route
+from ..method.route import Route, SequenceRoute, leaf, make_route
 from ..method.scope import Pool, Tokens
 from .cache import CachedRouting, check_cache, find_cache, load, store
 from .plan import Plan
@@ -69,7 +69,7 @@ class AdapterCall:
             weights = self.rows.select(weights)
         zero = router.zero()
         weights = (weights.to(zero) + zero).expand(self.batch, -1, -1)
-        return [make_route(router.atoms, block) for block in weights.split(1, dim=1)]
+        return [SequenceRoute.of(router.atoms, block) for block in weights.split(1, dim=1)]
 
     def _prepare(self, tokens: Tokens, instruction: Tensor | None) -> None:
         """Get ready to make routes."""
