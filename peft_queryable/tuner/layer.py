@@ -40,7 +40,7 @@ class QueryableLoraLayer(MergingLayer):
         super().__init__(base_layer, **kwargs)
         self.queryable_lora_gate: Any = nn.ModuleDict()  # eta
         self.places: dict[str, Place] = {}
-        self.merged_deltas = {}
+        self.merged_operators = {}
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: QueryableLoraConfig, **kwargs: Any

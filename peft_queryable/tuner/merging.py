@@ -28,15 +28,17 @@ class MergingLayer(LoraLayer):
     places: dict[str, Any]
     queryable_lora_gate: Any
     base_layer: Any
-    merged_deltas: dict[str, Tensor]
+    merged_operators: dict[str, Tensor]  # by merged adapter, the I + g S that it was merged with
     fan_in_fan_out: bool
 
     def rank_operator(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
-        """I + g S [r, r] of the module under the fixed routes of its adapter.
+        """I + g S [r, r] of the module under the fixed routes of its adapter, or those that it is merged with.
 
         Raises:
             NotImplementedError: if its routes are not fixed, and depend on the input.
         """
+        if adapter_name in self.merged_operators:
+            return self.merged_operators[adapter_name].to(dtype)
         place = self.places[adapter_name]
         plan = place.stack.plans[adapter_name]
         weights = fixed_weights(place.stack.model_hooks, adapter_name, plan.router)
@@ -55,10 +57,12 @@ class MergingLayer(LoraLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What merging adds to the base weight, in its layout ([in, out] of a Conv1D)."""
-        weight = self.lora_A[adapter_name].weight.detach()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        delta = self.folded(adapter_name, dtype) @ weight.to(dtype)
+        dtype = self._delta_dtype(adapter_name)
+        delta = self.folded(adapter_name, dtype) @ self.lora_A[adapter_name].weight.detach().to(dtype)
         return delta.T if self.fan_in_fan_out else delta
+
+    def _delta_dtype(self, adapter_name: str) -> torch.dtype:
+        return torch.promote_types(self.lora_A[adapter_name].weight.dtype, torch.float32)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         if adapter_name not in self.places:
@@ -70,9 +74,8 @@ class MergingLayer(LoraLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
-            delta = self.get_delta_weight(name)
-            self._add(delta, name, 1, safe_merge)
-            self.merged_deltas[name] = delta
+            self._add(name, 1, safe_merge)
+            self.merged_operators[name] = self.rank_operator(name, self._delta_dtype(name))
             self.merged_adapters.append(name)
             self.places[name].stack.model_hooks.merged.add(name)
 
@@ -80,10 +83,11 @@ class MergingLayer(LoraLayer):
         """Take every merged adapter out of the base weight, under the routes that it was merged with."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            self._add(self.merged_deltas.pop(name), name, -1, False)
+            self._add(name, -1, False)
+            del self.merged_operators[name]
             self.places[name].stack.model_hooks.merged.discard(name)
 
-    def _add(self, delta: Tensor, adapter_name: str, sign: int, is_checked: bool) -> None:
+    def _add(self, adapter_name: str, sign: int, is_checked: bool) -> None:
         """Add an adapter's update to the base layer, or take it away."""
         base_layer, bias = self.get_base_layer(), self.lora_B[adapter_name].bias
         if bias is not None and base_layer.bias is None:
@@ -91,7 +95,7 @@ class MergingLayer(LoraLayer):
                 f"Adapter {adapter_name!r} has `lora_bias=True`, and cannot be merged into a base layer without bias."
             )
         weight = self.get_base_weight()
-        weight = (weight + sign * delta.to(weight.device)).to(weight.dtype)
+        weight = (weight + sign * self.get_delta_weight(adapter_name).to(weight.device)).to(weight.dtype)
         new_bias = None if bias is None else base_layer.bias.data + sign * self.scaling[adapter_name] * bias.detach()
         if is_checked and not all(new.isfinite().all() for new in (weight, new_bias) if new is not None):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
