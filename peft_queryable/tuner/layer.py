@@ -93,7 +93,13 @@ class Linear(nn.Module, QueryableLoraLayer):
         for adapter_name in self._adapters_at_work():
             if adapter_name not in self.places or adapter_name in self.merged_adapters:
                 continue
-            call = self.places[adapter_name].stack.adapter_call(adapter_name)
+            stack = self.places[adapter_name].stack
+            if adapter_name in stack.model_hooks.merged:
+                raise RuntimeError(
+                    f"Adapter {adapter_name!r} is merged in a part of its modules only. Take it out of the weights: "
+                    "`model.unmerge_adapter()`."
+                )
+            call = stack.adapter_call(adapter_name)
             if call.rows is None:
                 result = self._add_update(result, x, adapter_name, call)
             else:  # the adapter serves a part of the batch

@@ -14,6 +14,7 @@ from helpers.models import (
     text,
 )
 from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from torch import nn
 
 from peft_queryable import (
     export_lora,
@@ -95,3 +96,19 @@ def test_conversion_of_pefts_own():
     lora = get_peft_model(model.unload(), config).eval()
     set_peft_model_state_dict(lora, tensors)
     torch.testing.assert_close(outputs(lora, inputs), fixed, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merge_that_raises_half_way():
+    """`safe_merge` refuses weights that are not finite; what it had merged is named, and can be taken out again."""
+    model, inputs = trained(llama(), target_modules=["q_proj"]), text()
+    routed = outputs(model, inputs)
+    broken = model.base_model.model.model.layers[2].self_attn.q_proj.lora_B["default"].weight
+    kept = broken.detach().clone()
+    nn.init.constant_(broken, torch.nan)
+    with fix_routes(model, random_routes(model)), pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    with pytest.raises(RuntimeError, match="merged in a part of its modules only"):
+        outputs(model, inputs)
+    model.unmerge_adapter()
+    broken.data.copy_(kept)
+    close(outputs(model, inputs), routed)
