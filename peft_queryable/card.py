@@ -77,7 +77,7 @@ def _describe(data: ModelCardData, config: PeftConfig) -> None:
     """Correct the metadata in `data`."""
     base_class, pipeline = _base_class(config)
     data.library_name = "peft"
-    data.base_model = _public_base(config)
+    data.base_model = public_base(config)
     data.pipeline_tag = data.pipeline_tag or pipeline
     tags = {tag for tag in data.tags or [] if not tag.startswith("base_model:adapter:")} | {"peft", "queryable-lora"}
     tags |= {f"base_model:adapter:{data.base_model}"} if data.base_model else set()
@@ -92,14 +92,14 @@ def _base_class(config: PeftConfig) -> tuple[str | None, str | None]:
     return _TASKS.get(config.task_type, (None, None))
 
 
-def _public_base(config: PeftConfig) -> str | None:
+def public_base(config: PeftConfig) -> str | None:
     """The base model's name on the Hub; None if it is a folder of this machine, which the Hub refuses in a card."""
     base = config.base_model_name_or_path
     return None if not base or Path(base).is_absolute() or Path(base).is_dir() else base
 
 
 def _section(config: PeftConfig, adapter: str) -> str:
-    base = _public_base(config)
+    base = public_base(config)
     of_base = f" of [{base}](https://huggingface.co/{base})" if base else ""
     fields = "\n".join(f"- `{name}`: {json.dumps(value)}" for name, value in _shown_fields(config).items())
     return f"""{_BEGIN}
@@ -109,7 +109,7 @@ A [PEFT](https://huggingface.co/docs/peft) adapter{of_base}, trained with Querya
 
 LoRA's update `B A` becomes `B (I + g S) A`, where `S` is a sparse mixture of a small bank of atoms that the whole
 model shares ([arXiv 2605.08423](https://arxiv.org/abs/2605.08423)). A router chooses the mixture for each block of
-layers from the input, so the adapter cannot be merged into the base model.
+layers from the input. With its routes fixed the adapter is a plain LoRA: `python -m peft_queryable.export`.
 
 ## Use
 

@@ -36,9 +36,9 @@ def use_instructions(
         ValueError: if an adapter does not exist or takes no instruction, if its encoder cannot be loaded, or if an
             embedding's width is not its `instruction_dim`.
     """
-    tuner = _tuner(model)
+    tuner = tuner_of(model)
     names = tuner.active_adapters if adapter_names is None else adapter_names
-    embeds = {name: _embed(tuner, name, texts, encoder) for name in names}
+    embeds = {name: embed_instruction(tuner, name, texts, encoder) for name in names}
     with tuner.model_hooks.entered(instructions=embeds):
         yield
 
@@ -63,11 +63,9 @@ def set_default_instruction(
     Raises:
         ValueError: as [`use_instructions`] does; also if no adapter is named and several are active.
     """
-    tuner = _tuner(model)
-    if adapter_name is None and len(tuner.active_adapters) != 1:
-        raise ValueError(f"Name one adapter in `adapter_name`: {tuner.active_adapters} are active.")
-    name = adapter_name or tuner.active_adapters[0]
-    embeds = _embed(tuner, name, instruction, encoder)
+    tuner = tuner_of(model)
+    name = adapter_name or only_active(tuner)
+    embeds = embed_instruction(tuner, name, instruction, encoder)
     if len(embeds) != 1:
         raise ValueError(f"A default instruction is one embedding, [1, d_c], got {len(embeds)} of them.")
     with torch.no_grad():
@@ -118,15 +116,14 @@ class InstructionCollator:
         return {**batch, "instruction_embeds": embeds}
 
 
-def _embed(
+def embed_instruction(
     tuner: QueryableLoraModel,
     adapter_name: str,
     instruction: str | Sequence[str | None] | Tensor | None,
     encoder: InstructionEncoder | None,
 ) -> Any:
     """Embeddings [n, d_c] of `instruction` for an adapter."""
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(f"There is no adapter {adapter_name!r}, but {sorted(tuner.peft_config)}.")
+    check_adapter(tuner, adapter_name)
     dim = tuner.queryable_lora_router[adapter_name].settings.instruction_dim
     source = "An instruction"
     if instruction is None:
@@ -139,11 +136,25 @@ def _embed(
     return instruction
 
 
-def _tuner(model: nn.Module) -> QueryableLoraModel:
+def tuner_of(model: nn.Module) -> QueryableLoraModel:
+    """The tuner of a `PeftModel`; raises a TypeError for anything else."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, QueryableLoraModel):
         raise TypeError(
-            f"Instructions are for a PeftModel with Queryable LoRA, got {type(model).__name__}. Unwrap it first, from "
+            f"This takes a PeftModel with Queryable LoRA, got {type(model).__name__}. Unwrap it first, from "
             "DistributedDataParallel say."
         )
     return tuner
+
+
+def check_adapter(tuner: QueryableLoraModel, name: str) -> None:
+    """Raise a ValueError unless there is an adapter called `name`."""
+    if name not in tuner.peft_config:
+        raise ValueError(f"There is no adapter {name!r}, but {sorted(tuner.peft_config)}.")
+
+
+def only_active(tuner: QueryableLoraModel) -> str:
+    """The active adapter, if it is one; a ValueError otherwise."""
+    if len(tuner.active_adapters) != 1:
+        raise ValueError(f"Name one adapter in `adapter_name`: {tuner.active_adapters} are active.")
+    return tuner.active_adapters[0]

@@ -93,7 +93,15 @@ def blocks(page: str, language: str) -> list[re.Match]:
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "docs/scopes.md", "docs/trl.md", "docs/instructions.md", "docs/adapters.md", "docs/routes.md"],
+    [
+        "README.md",
+        "docs/scopes.md",
+        "docs/trl.md",
+        "docs/instructions.md",
+        "docs/adapters.md",
+        "docs/routes.md",
+        "docs/serving.md",
+    ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:trl")
 @pytest.mark.filterwarnings("ignore::FutureWarning:trl")

@@ -17,7 +17,8 @@ LEVELS = (
     ("card", "config", "encoders"),
     ("tuner.",),
     ("instruction", "tracing", "metrics", "statistics", "findings", "plots", "command"),
-    ("callbacks", "check.", "inspect."),
+    ("routes",),
+    ("callbacks", "check.", "export.", "inspect."),
     ("__init__", "__main__"),
 )
 

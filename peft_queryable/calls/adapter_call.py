@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..method.route import Route, leaf, make_route
+from ..method.route import Route, SequenceRoute, leaf, make_route
 from ..method.scope import Pool, Tokens
 from .cache import CachedRouting, check_cache, find_cache, load, store
 from .plan import Plan
@@ -19,9 +19,9 @@ from .stack_call import StackCall
 class AdapterCall:
     """One adapter in one call of one stack.
 
-    Its routes are made block by block while the stack runs, or it is born with the routes that an earlier prefill
-    left on the cache. Only the call itself adds to it; layers that gradient checkpointing runs again read it through
-    an [`AdapterReplay`](replay.py).
+    Its routes are made block by block while the stack runs, or it is born with routes: those that are fixed, or those
+    that an earlier prefill left on the cache. Only the call itself adds to it; layers that gradient checkpointing runs
+    again read it through an [`AdapterReplay`](replay.py).
 
     Args:
         plan: how the adapter routes the stack.
@@ -41,15 +41,18 @@ class AdapterCall:
         self.keeps_states = stack_call.is_checkpointing  # block states must outlive their mean, for a replay
         self.length = 0  # tokens per row
         self.real: Tensor | None = None
-        instruction = stack_call.instruction(plan)
-        self.is_static = not plan.router.reads_states  # routes that depend on no token need to know of none
+        fixed = stack_call.fixed_routes(plan)
+        instruction = stack_call.instruction(plan) if fixed is None else None
+        self.is_static = not stack_call.model_call.reads_tokens(plan)  # such routes need to know of no token
         self.past = CachedRouting(id(plan.router))
         if not self.is_static:
             check_cache(stack_call.arguments, plan.adapter_name)
             self.past = load(stack_call.cache, stack_call.past, self.key, id(plan.router), self.rows)
         self.gate_values = _gate_values(self.past)
-        self.is_routed = bool(self.past.routes)  # born with routes
+        self.is_routed = fixed is not None or bool(self.past.routes)  # born with routes
         self.routes: list[Route | None] = [self.past.routes.get(block) for block in range(plan.num_blocks)]
+        if fixed is not None:
+            self.routes = self._fixed(fixed)
         self.entries: list[nn.Module | None] = [None] * plan.num_blocks
         if not self.is_routed:
             tokens = Tokens() if self.is_static else stack_call.tokens(plan)
@@ -58,6 +61,15 @@ class AdapterCall:
                 if instruction is not None and instruction.shape[0] > 1:
                     instruction = self.rows.select(instruction)
             self._prepare(tokens, instruction)
+
+    def _fixed(self, weights: Tensor) -> list[Route | None]:
+        """The routes that mix the atoms by `weights` [B or 1, blocks, M] of the stack call."""
+        router = self.plan.router
+        if self.rows is not None and weights.shape[0] > 1:
+            weights = self.rows.select(weights)
+        zero = router.zero()
+        weights = (weights.to(zero) + zero).expand(self.batch, -1, -1)
+        return [SequenceRoute.of(router.atoms, block) for block in weights.split(1, dim=1)]
 
     def _prepare(self, tokens: Tokens, instruction: Tensor | None) -> None:
         """Get ready to make routes."""

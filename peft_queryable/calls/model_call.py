@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class ModelCall:
         prompt_length: in `generate`, the number of leading tokens that are the prompt; None outside.
         instruction_embeds: embeddings e(c) passed to the call, [B, d_c] or [1, d_c].
         instructions: by adapter, the embeddings of the innermost `use_instructions` block; None outside of one.
+        routes: by adapter whose routes are fixed, their weights over the atoms, [1, blocks, M] or a set for each row.
         adapter_names: [B], the adapter of each row in a batch of several, "__base__" for rows without one; None for a
             batch of the active adapters.
         attention_mask: [B, S], the outermost call's; None if it is of another kind.
@@ -41,6 +42,7 @@ class ModelCall:
     prompt_length: int | None = None
     instruction_embeds: Tensor | None = None
     instructions: Mapping[str, Tensor] | None = None
+    routes: Mapping[str, Tensor] = field(default_factory=dict)
     adapter_names: tuple[str, ...] | None = None
     attention_mask: Tensor | None = None
     ended: list[Any] | None = None
@@ -63,17 +65,39 @@ class ModelCall:
                 that was not entered for this adapter.
         """
         embeds = self._given_instruction(plan)
-        if embeds is None:
+        return None if embeds is None else self._by_row(embeds, batch, "instructions")
+
+    def reads_tokens(self, plan: Plan) -> bool:
+        """Whether an adapter's routes depend on the tokens of the call."""
+        return plan.router.reads_states and plan.adapter_name not in self.routes
+
+    def fixed_routes(self, plan: Plan, batch: int) -> Tensor | None:
+        """The weights of an adapter's fixed routes in a call of `batch` rows, [B or 1, blocks of the stack, M].
+
+        None if they are not fixed.
+
+        Raises:
+            ValueError: for another number of sets than rows, or if the call has an instruction for the adapter.
+        """
+        weights = self.routes.get(plan.adapter_name)
+        if weights is None:
             return None
-        rows = embeds.shape[0]
+        if self.instruction_embeds is not None or plan.adapter_name in (self.instructions or {}):
+            raise _idle_instruction(plan.adapter_name)
+        weights = weights[:, plan.first_block : plan.first_block + plan.num_blocks]
+        return self._by_row(weights, batch, "sets of routes")
+
+    def _by_row(self, x: Tensor, batch: int, what: str) -> Tensor:
+        """`x` [n, ...] for a call of `batch` rows: as it is, or repeated as `generate` repeats rows."""
+        rows = x.shape[0]
         if self.is_generating and batch % rows == 0:
-            return embeds.repeat_interleave(batch // rows, dim=0)
+            return x.repeat_interleave(batch // rows, dim=0)
         if rows not in (1, batch):
             raise ValueError(
-                f"{rows} instructions were given for a call of batch size {batch}: give one, or one for each row of "
-                "the batch."
+                f"{rows} {what} were given for a call of batch size {batch}: give one, or one for each row of the "
+                "batch."
             )
-        return embeds
+        return x
 
     def _given_instruction(self, plan: Plan) -> Tensor | None:
         if self.instruction_embeds is not None or self.instructions is None:
@@ -85,9 +109,6 @@ class ModelCall:
                 "`adapter_names`."
             )
         return self.instructions.get(plan.adapter_name)
-
-
-_NOTHING_SAID = ModelCall()
 
 
 class ModelHooks:
@@ -103,6 +124,8 @@ class ModelHooks:
 
     def __init__(self, model: nn.Module, active_plans: Callable[[], list[Plan]]) -> None:
         self.current = Current()
+        self.outside = ModelCall()  # what holds outside of every call and block: routes that are fixed for good
+        self.merged: set[str] = set()  # adapters that are in the base weights for now
         self.active_plans = active_plans
         self.is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.parameters = parameter_names(model)
@@ -130,7 +153,12 @@ class ModelHooks:
     @property
     def call(self) -> ModelCall:
         """What this thread's call, or the `with` blocks it is in, say."""
-        return self.current.call or _NOTHING_SAID
+        return self.current.call or self.outside
+
+    def fix(self, adapter_name: str, weights: Tensor | None) -> None:
+        """Fix an adapter's routes at `weights` [1 or rows, blocks, M] outside of every block; None: no more."""
+        others = {name: fixed for name, fixed in self.outside.routes.items() if name != adapter_name}
+        self.outside = ModelCall(routes=others if weights is None else {**others, adapter_name: weights})
 
     @contextmanager
     def entered(self, **changes: Any) -> Iterator[None]:
@@ -160,6 +188,7 @@ class ModelHooks:
                 prompt_length=outer.prompt_length,
                 instruction_embeds=instruction,
                 instructions=outer.instructions,
+                routes=outer.routes,
                 adapter_names=outer.adapter_names,
                 recorders=outer.recorders,
                 ended=[],
@@ -195,7 +224,7 @@ class ModelHooks:
         Raises:
             ValueError: for all others: its paged cache cannot carry what their routes need of earlier tokens.
         """
-        if names := sorted({plan.adapter_name for plan in self.active_plans() if plan.router.reads_states}):
+        if names := sorted({plan.adapter_name for plan in self.active_plans() if self.outside.reads_tokens(plan)}):
             raise ValueError(
                 "Continuous batching (`generate_batch`, TRL's `use_transformers_continuous_batching`) cannot run "
                 f"adapters {names}: its paged cache cannot carry what their routes need of earlier tokens. Use "
@@ -211,7 +240,7 @@ class ModelHooks:
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
         """Where one route serves a sequence, refuse what would show it another prompt than its own."""
-        plans = [plan for plan in self.active_plans() if plan.router.reads_states and not plan.scope.is_per_token]
+        plans = [plan for plan in self.active_plans() if self.call.reads_tokens(plan) and not plan.scope.is_per_token]
         scopes = sorted({plan.scope.name for plan in plans})
         config = kwargs.get("generation_config") or getattr(
             getattr(self.base_methods["generate"], "__self__", None), "generation_config", None
@@ -238,8 +267,17 @@ class ModelHooks:
             )
 
     def _check_instruction(self, embeds: Tensor | None) -> None:
+        if told := self.merged if embeds is not None else self.merged & set(self.call.instructions or ()):
+            raise _idle_instruction(min(told))
         for plan in self.active_plans() if embeds is not None else ():
             check_embeds(embeds, plan.adapter_name, plan.router.settings.instruction_dim, "`instruction_embeds`")
+
+
+def _idle_instruction(adapter_name: str) -> ValueError:
+    return ValueError(
+        f"An instruction was given, but the routes of adapter {adapter_name!r} are fixed, so it would change nothing. "
+        "Leave the instruction out, or fix the routes that it chooses: `instruction_routes(model, text)`."
+    )
 
 
 def check_embeds(embeds: Any, adapter_name: str, dim: int | None, source: str) -> None:

@@ -107,7 +107,7 @@ class Stack:
         )
         stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
         plans = [plan for plan in self.model_hooks.active_plans() if self.plans.get(plan.adapter_name) is plan]
-        if self.is_loose and any(plan.router.reads_states for plan in plans):
+        if self.is_loose and any(stack_call.model_call.reads_tokens(plan) for plan in plans):
             stack_call = stack_call.reading()
         call = RunningCall(stack_call, self.plans)
         self.current.open(call)

@@ -140,6 +140,10 @@ class StackCall:
             )
         return self
 
+    def fixed_routes(self, plan: Plan) -> Tensor | None:
+        """The weights of an adapter's fixed routes, [B or 1, blocks, M]; None if they are not fixed."""
+        return self.model_call.fixed_routes(plan, self.batch)
+
     def instruction(self, plan: Plan) -> Tensor | None:
         """The embeddings that an adapter follows, [B, d_c] or [1, d_c]; None for its default."""
         return self.model_call.instruction(plan, self.batch)

@@ -148,15 +148,27 @@ class Router(nn.Module):
         """Whether routes depend on rank states at all, and so on the tokens of a call."""
         return self.state_query is not None or self.uses_depth
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in."""
+        return torch.promote_types(self.keys.weight.dtype, torch.float32)
+
+    def zero(self) -> Tensor:
+        """Zero, with every trainable parameter in its graph: where routes are given, their gradients are zero."""
+        zero = self.keys.weight.new_zeros((), dtype=self.dtype)
+        for parameter in self.parameters() if torch.is_grad_enabled() else ():
+            if parameter.requires_grad:
+                zero = zero + 0 * parameter.to(self.dtype).sum()
+        return zero
+
     def prepare(self, instruction: Tensor | None = None) -> SharedTerms:
         """The terms that all blocks of a call share.
 
         Args:
             instruction: embedding e(c), [B, d_c] or [1, d_c]; None takes the adapter's default, which is 0 unless set.
         """
-        dtype = torch.promote_types(self.keys.weight.dtype, torch.float32)
         with without_autocast(self.keys.weight):
-            keys = rms_norm(self.keys.weight.to(dtype))  # [M, d_k]
+            keys = rms_norm(self.keys.weight.to(self.dtype))  # [M, d_k]
             if self.default_instruction is None:
                 return SharedTerms(keys, None, None)
             # Even an embedding of 0 keeps Q_ctx and R_ctx in the graph.

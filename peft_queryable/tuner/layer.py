@@ -16,17 +16,14 @@ from ..calls.replay import AdapterReplay
 from ..config import MOVING_INITIALISATIONS, QueryableLoraConfig
 from ..method.atoms import Weight
 from .layout import Place
-
-MERGE_REFUSAL = (
-    "A Queryable LoRA adapter cannot be merged into the base weights: its update B (I + g S) A depends on the input "
-    "through S. Keep it as an adapter (in TRL: `use_vllm=False`), or `unload()` to drop it."
-)
+from .merging import MergingLayer
 
 
-class QueryableLoraLayer(LoraLayer):
+class QueryableLoraLayer(MergingLayer):
     """LoRA factors of one module, with a gate logit beside them; one of each for every adapter."""
 
     if TYPE_CHECKING:  # what PEFT's untyped classes set
+        merged_adapters: list[str]
         base_layer: Any
         lora_A: Any
         lora_B: Any
@@ -43,6 +40,7 @@ class QueryableLoraLayer(LoraLayer):
         super().__init__(base_layer, **kwargs)
         self.queryable_lora_gate: Any = nn.ModuleDict()  # eta
         self.places: dict[str, Place] = {}
+        self.merged_operators = {}
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: QueryableLoraConfig, **kwargs: Any
@@ -59,20 +57,14 @@ class QueryableLoraLayer(LoraLayer):
         self.queryable_lora_gate[adapter_name] = gate
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(MERGE_REFUSAL)
-
-    def unmerge(self) -> None:
-        """Nothing to do: the adapter is never merged."""
-
 
 class Linear(nn.Module, QueryableLoraLayer):
     """A linear layer with routed low-rank updates.
 
         output = W h + bias + (alpha / r) B (I + g S) A dropout(h)        (Eqs. 1, 92 to 95)
 
-    S [r, r] is the operator that the module's block routes its sequence to, or, in scope `causal`, its token. It
-    depends on the input, so the update can neither be merged nor written as one weight.
+    S [r, r] is the operator that the module's block routes its sequence to, or, in scope `causal`, its token. Where it
+    depends on the input, the update can neither be merged nor written as one weight.
 
     Args:
         base_layer: an `nn.Linear` (quantised ones included) or a transformers `Conv1D`; never read, only called.
@@ -92,14 +84,22 @@ class Linear(nn.Module, QueryableLoraLayer):
         self.update_layer(adapter_name, config=config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
         dtype = result.dtype
         for adapter_name in self._adapters_at_work():
-            if adapter_name not in self.places:
+            if adapter_name not in self.places or adapter_name in self.merged_adapters:
                 continue
-            call = self.places[adapter_name].stack.adapter_call(adapter_name)
+            stack = self.places[adapter_name].stack
+            if adapter_name in stack.model_hooks.merged:
+                raise RuntimeError(
+                    f"Adapter {adapter_name!r} is merged in a part of its modules only. Take it out of the weights: "
+                    "`model.unmerge_adapter()`."
+                )
+            call = stack.adapter_call(adapter_name)
             if call.rows is None:
                 result = self._add_update(result, x, adapter_name, call)
             else:  # the adapter serves a part of the batch

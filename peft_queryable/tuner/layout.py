@@ -189,8 +189,9 @@ class Stacks:
         return iter(self.by_key.values())
 
     def plans(self, adapter_names: Collection[str]) -> list[Plan]:
-        """The plans of these adapters in all stacks."""
-        return [plan for stack in self for name, plan in stack.plans.items() if name in adapter_names]
+        """The plans of these adapters in all stacks, as far as they are not merged."""
+        names = set(adapter_names) - self.model_hooks.merged
+        return [plan for stack in self for name, plan in stack.plans.items() if name in names]
 
     def place(self, adapter_name: str, layers: dict[str, Any], layout: Layout, router: Router, scope: str) -> None:
         """Tell the adapted modules `layers`, by name, where they stand; `scope` is the adapter's `routing_scope`."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
-    BaseTuner,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
@@ -23,8 +22,9 @@ from ..calls.plan import Plan
 from ..config import MOVING_INITIALISATIONS, QueryableLoraConfig
 from ..encoders import BACKBONE, InstructionEncoder, load_encoder
 from ..method.router import Router
-from .layer import MERGE_REFUSAL, Linear, QueryableLoraLayer
+from .layer import Linear, QueryableLoraLayer
 from .layout import Layout, Stacks, remove_hooks
+from .merging import MergingTuner
 from .offload import onload
 from .saving import ROUTER, check_tensors, without_idle_depth
 from .targets import check_target, report_left_out, warn_experts
@@ -32,7 +32,7 @@ from .targets import check_target, report_left_out, warn_experts
 BASE = "__base__"  # PEFT's name, in `adapter_names`, of no adapter
 
 
-class QueryableLoraModel(BaseTuner):
+class QueryableLoraModel(MergingTuner):
     """Queryable LoRA (https://arxiv.org/abs/2605.08423) around a model: use it through `peft.get_peft_model`.
 
     One bank of atoms and one router serve all adapted modules of an adapter. They live here, in
@@ -174,6 +174,8 @@ class QueryableLoraModel(BaseTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
+        if merged := sorted(self.model_hooks.merged):
+            raise ValueError(f"`adapter_names` cannot name rows while {merged} are merged: `model.unmerge_adapter()`.")
         for module in self.model.modules():
             if (
                 isinstance(module, AuxiliaryTrainingWrapper)
@@ -239,6 +241,7 @@ class QueryableLoraModel(BaseTuner):
         super().delete_adapter(adapter_name)
         del self.queryable_lora_router[adapter_name]
         self.stacks.forget(adapter_name)
+        self.model_hooks.fix(adapter_name, None)
         if was_active and self.peft_config:
             # PEFT lets each layer choose an adapter in its place, and layers may have different ones.
             self.set_adapter(sorted(others or self.peft_config)[: len(others) or 1])
@@ -267,15 +270,6 @@ class QueryableLoraModel(BaseTuner):
     def _match_router(self, adapter_name: str) -> None:
         weight = self._weight(adapter_name)
         self.queryable_lora_router[adapter_name].to(None if weight.is_meta else weight.device, weight.dtype)
-
-    def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(MERGE_REFUSAL)
-
-    def unload(self) -> nn.Module:
-        model = super().unload()
-        self.model_hooks.remove(model)
-        self.stacks.remove()
-        return model
 
     # Saving and loading
 

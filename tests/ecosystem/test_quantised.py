@@ -22,12 +22,13 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.utils import quantization_utils, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 from trl import SFTConfig, SFTTrainer
 
-from peft_queryable import QueryableLoraConfig
+from peft_queryable import QueryableLoraConfig, Routes, export_lora, set_fixed_routes
 from peft_queryable.method.router import Router
 
 pytestmark = [
@@ -177,6 +178,46 @@ def test_life_of_an_adapter(folder, backend, tmp_path):
     loaded = PeftModel.from_pretrained(load(folder, backend), tmp_path)
     assert torch.equal(outputs(loaded, inputs), expected)
     assert torch.equal(outputs(loaded.unload(), inputs), plain)
+
+
+@pytest.mark.parametrize("backend", CONFIGS)
+def test_merging_is_as_near_as_loras(folder, backend, tmp_path):
+    """Merging under fixed routes misses the exact weights by what PEFT's LoRA with the same update misses them by."""
+    model = with_adapter(load(folder, backend)).eval()
+    settings = model.base_model.queryable_lora_router["default"].settings
+    weights = torch.rand(settings.num_blocks, settings.num_atoms).softmax(-1)
+    set_fixed_routes(model, Routes(dict(enumerate(weights))))
+    export_lora(model, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(load(folder, backend), tmp_path / "lora").eval()
+
+    def error(model: PeftModel) -> Tensor:
+        exact = projections(model) + torch.cat(
+            [m.get_delta_weight("default").flatten() for m in adapted_layers(model)]
+        )
+        model.merge_adapter()
+        return (projections(model) - exact).norm() / exact.norm()
+
+    plain = projections(model)
+    ours, theirs = error(model), error(lora)
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0)
+    model.unmerge_adapter()
+    lora.unmerge_adapter()
+    torch.testing.assert_close(
+        (projections(model) - plain).norm(), (projections(lora) - plain).norm(), rtol=0.02, atol=0
+    )
+
+
+def adapted_layers(model: PeftModel) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def projections(model: PeftModel) -> Tensor:
+    """The base weights of all projections, dequantised and flat."""
+    weights = []
+    for layer in adapted_layers(model):
+        backend = resolve_quantization_backend(layer.base_layer, get_apply_tensor_subclass=lambda: None)
+        weights.append(backend.get_base_weight(layer.base_layer).float().flatten())
+    return torch.cat(weights)
 
 
 @pytest.mark.parametrize("backend", CONFIGS)

@@ -1,0 +1,1 @@
+"""Exports: a plain LoRA, or a whole model, of an adapter whose routes are fixed."""
