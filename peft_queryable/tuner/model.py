@@ -248,10 +248,11 @@ class QueryableLoraModel(MergingTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT comes here once more after a load, by when accelerate may have offloaded parts of the adapter.
-        onload(self.queryable_lora_router[adapter_name])
-        for layer in self._layers(adapter_name).values():
-            for parts in (layer.lora_A, layer.lora_B, layer.queryable_lora_gate):
-                onload(parts[adapter_name])
+        if any("_hf_hook" in vars(module) for module in self.modules()):
+            onload(self.queryable_lora_router[adapter_name])
+            for layer in self._layers(adapter_name).values():
+                for parts in (layer.lora_A, layer.lora_B, layer.queryable_lora_gate):
+                    onload(parts[adapter_name])
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         self._match_router(adapter_name)
 
@@ -265,7 +266,8 @@ class QueryableLoraModel(MergingTuner):
 
     def _weight(self, adapter_name: str) -> Tensor:
         """Some A of the adapter: the router is where A is, has its dtype, and trains when it does."""
-        return next(iter(self._layers(adapter_name).values())).lora_A[adapter_name].weight
+        layers = (m for m in self.model.modules() if isinstance(m, QueryableLoraLayer) and adapter_name in m.lora_A)
+        return next(layers).lora_A[adapter_name].weight
 
     def _match_router(self, adapter_name: str) -> None:
         weight = self._weight(adapter_name)
