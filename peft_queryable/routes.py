@@ -93,8 +93,9 @@ def instruction_routes(
     """The routes that an instruction chooses.
 
     They are exact, and need no data, if the adapter's query has neither state nor depth (`query_terms`). In all other
-    adapters the tokens have a say: there they are the mean over calibration data under the instruction, and their
-    `source` says so.
+    adapters the tokens have a say: there they are the mean of the routes on calibration data under the instruction,
+    and their `source` says so. That is another set than the route at the mean state: it gives the mean operator S,
+    and agrees with `mean_routes`.
 
     Args:
         model: a `PeftModel` with Queryable LoRA.

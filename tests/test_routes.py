@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers.fixed import close, random_routes, trained
@@ -10,6 +12,7 @@ from helpers.models import (
     outputs,
     text,
 )
+from peft import PeftModel
 
 from peft_queryable import (
     Routes,
@@ -18,6 +21,7 @@ from peft_queryable import (
     instruction_routes,
     mean_routes,
     record_routing,
+    set_default_instruction,
     use_instructions,
 )
 
@@ -55,6 +59,24 @@ def test_instruction_routes(tmp_path):
         model(**inputs)
     close(calibrated.weights, mean_routes(trace).weights)
     assert "given: mean of 10 routes" in calibrated.source
+
+
+def test_default_instruction_is_exported(tmp_path):
+    """It is known what an adapter does that reads nothing but an instruction, once a default is set."""
+    base, inputs = llama(), text()
+    model = trained(copy.deepcopy(base), target_modules=["q_proj"], query_terms=("instruction",), instruction_dim=5)
+    set_default_instruction(model, None)
+    with pytest.raises(ValueError, match="depend on the input"):
+        export_lora(model, tmp_path / "lora")
+    set_default_instruction(model, torch.randn(1, 5))
+    with use_instructions(model, torch.randn(1, 5)), pytest.raises(ValueError, match="depend on the input"):
+        export_lora(model, tmp_path / "lora")
+    export_lora(model, tmp_path / "lora")
+    exported = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    close(outputs(exported, inputs), outputs(model, inputs))
+    assert "the default instruction" in (tmp_path / "lora" / "routes.json").read_text()
+    with pytest.raises(NotImplementedError, match="cannot be merged"):  # an instruction would change nothing any more
+        model.merge_adapter()
 
 
 def test_means_by_group():

@@ -17,12 +17,12 @@ import transformers
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 
-from ..check.__main__ import base_class, encode
-from ..instruction import use_instructions
+from ..command import base_class, encode
+from ..instruction import tuner_of, use_instructions
 from ..routes import Routes, fix_routes, instruction_routes, mean_routes
 from ..tracing import record_routing
 from .folders import check_folder, whole_folder
-from .lora import export_lora
+from .lora import export_lora, known_weights
 from .losses import losses
 
 GAP = 0.05  # in the loss per token, from which a warning says that the routes are worth more than that
@@ -173,7 +173,8 @@ def report(name: str, measured: dict[str, float]) -> None:
 
 def write_merged(model: PeftModel, tokenizer: Any, folder: Path, routes: Routes | None) -> None:
     """Write the base model with the fixed adapter in its weights."""
-    with nullcontext() if routes is None else fix_routes(model, routes):
+    weights, _ = known_weights(tuner_of(model), "default", routes)
+    with fix_routes(model, Routes(dict(enumerate(weights)))):
         merged: Any = model.merge_and_unload(progressbar=True, safe_merge=True)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

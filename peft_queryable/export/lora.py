@@ -17,7 +17,8 @@ from torch import Tensor
 from ..config import MOVING_INITIALISATIONS, QueryableLoraConfig
 from ..instruction import check_adapter, only_active, tuner_of
 from ..routes import Routes, checked_weights
-from ..tuner.merging import fixed_weights
+from ..tuner.merging import fixed_weights, static_weights
+from ..tuner.model import QueryableLoraModel
 from .card import write_card
 from .folders import whole_folder
 
@@ -40,7 +41,9 @@ def export_lora(
     Args:
         model: a `PeftModel` with Queryable LoRA.
         folder: where to write; it must be empty or not exist. If something fails, nothing is written.
-        routes: the routes. None for an adapter that has none of its own (`query_terms=()`), or whose routes are fixed.
+        routes: the routes. None for an adapter that has none of its own (`query_terms=()`), whose routes are fixed, or
+            that reads nothing but an instruction and has a default one (`set_default_instruction`): then the export
+            is the adapter under that one.
         adapter_name: default: the adapter of `routes`, or the active one.
         losses: mean losses by name, for the card.
 
@@ -60,7 +63,7 @@ def export_lora(
             "the base weights, so no LoRA on the original base equals it. Write the merged model: "
             "`model.merge_and_unload().save_pretrained(folder)` under `fix_routes`."
         )
-    weights, source = _weights(tuner, name, routes)
+    weights, source = known_weights(tuner, name, routes)
     hooks = tuner.model_hooks
     with hooks.entered(routes={**hooks.call.routes, name: weights[None]}):
         folded = {
@@ -88,19 +91,28 @@ def export_lora(
     _warn_engines(lora)
 
 
-def _weights(tuner, name: str, routes: Routes | None) -> tuple[Tensor, str]:
-    """The weights [blocks, M] to export, and what they were made from."""
+def known_weights(tuner: QueryableLoraModel, name: str, routes: Routes | None) -> tuple[Tensor, str]:
+    """The weights [blocks, M] to export, and what they were made from.
+
+    Raises:
+        ValueError: if the adapter's routes depend on the input and none are given, or if those do not fit.
+    """
     if routes is not None:
         return checked_weights(tuner, routes)[1][0], routes.source
-    weights = fixed_weights(tuner.model_hooks, name, tuner.queryable_lora_router[name])
-    if weights is None:
+    hooks, router = tuner.model_hooks, tuner.queryable_lora_router[name]
+    weights = fixed_weights(hooks, name, router)
+    if weights is not None:
+        return weights, "fixed when exported" if name in hooks.call.routes else "static"
+    # A default of 0 is none; in a block of instructions, the default is not what the adapter follows.
+    default = router.default_instruction if hooks.call.instructions is None else None
+    if router.reads_states or default is None or not default.weight.any():
         raise ValueError(
             f"The routes of adapter {name!r} depend on the input, so it is no LoRA until they are fixed. Give the "
             "routes: `export_lora(model, folder, mean_routes(trace))`, with a trace of `record_routing`, or "
             "`instruction_routes(model, text)`. One mean over several tasks is costly: see docs/serving.md."
         )
-    is_fixed = name in tuner.model_hooks.call.routes
-    return weights, "fixed when exported" if is_fixed else "static"
+    text = tuner.peft_config[name].default_instruction
+    return static_weights(router, None), "the default instruction" + ("" if text is None else f" {text!r}")
 
 
 def _lora_config(config: QueryableLoraConfig, is_conv: bool) -> LoraConfig:

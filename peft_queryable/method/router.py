@@ -30,8 +30,10 @@ def top_k_softmax(logits: Tensor, k: int | None) -> Tensor:
     """
     if k is None:
         return logits.softmax(-1)
-    # A stable sort, unlike topk, breaks ties the same way on every device.
-    top, index = (t[..., :k] for t in logits.sort(stable=True, dim=-1, descending=True))
+    if torch.onnx.is_in_onnx_export():  # no stable sort there, and ONNX's TopK takes equal values in index order
+        top, index = logits.topk(k, dim=-1)
+    else:  # a stable sort, unlike topk, breaks ties the same way on every device
+        top, index = (t[..., :k] for t in logits.sort(stable=True, dim=-1, descending=True))
     return torch.zeros_like(logits).scatter(-1, index, top.softmax(-1))
 
 
