@@ -13,8 +13,8 @@ from helpers.words import tokenizer, words
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from peft_queryable import fix_routes, mean_routes, record_routing
-from peft_queryable.check.__main__ import encode
+from peft_queryable import fix_routes, mean_routes, record_routing, set_default_instruction
+from peft_queryable.command import encode
 from peft_queryable.export.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Passing a.*:UserWarning:transformers")
@@ -125,7 +125,24 @@ def test_without_data(project):
     assert "w5 w6" in Path("french/README.md").read_text()
 
 
+def test_default_instruction(project):
+    """What it is without an instruction is known, once a default is saved with it: as a LoRA and merged."""
+    with pytest.raises(ValueError, match="depend on the input"):
+        main(["instructed", "none", "--merge"])
+    model, inputs = loaded("instructed"), text()
+    set_default_instruction(model, torch.randn(1, 32))
+    model.save_pretrained("ready")
+    main(["ready", "lora"])
+    main(["ready", "merged", "--merge"])
+    expected = outputs(model, inputs)
+    assert not torch.allclose(expected, outputs(loaded("instructed"), inputs), atol=1e-3)
+    torch.testing.assert_close(outputs(loaded("lora"), inputs), expected, atol=1e-5, rtol=1e-5)
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    torch.testing.assert_close(outputs(merged, inputs), expected, atol=1e-4, rtol=1e-4)
+
+
 REFUSED = {
+    "merge without routes": (["adapter", "out", "--merge"], "depend on the input"),
     "no routes": (["adapter", "out"], "depend on the input"),
     "own folder": (["adapter", "adapter", "--calibrate", "data.jsonl"], "adapter holds an adapter"),
     "no column": (["adapter", "out", "--calibrate", "data.jsonl", "--group", "tenant"], "no column 'tenant'"),
