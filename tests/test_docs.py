@@ -227,7 +227,7 @@ OTHERS_ERRORS = {
 }
 
 
-def test_errors_of_others_are_quoted_right(hub):
+def test_errors_of_others_are_quoted_right(hub, any_peft):
     """What the page quotes of PEFT's errors is what PEFT says today."""
     said = []
     for cause in OTHERS_ERRORS.values():

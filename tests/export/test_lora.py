@@ -180,7 +180,7 @@ def test_what_the_export_says(tmp_path):
     assert "a test" in card and "| 1.0000 | 1.5000 |" in card
 
 
-def test_transformers_loads_the_export(tmp_path):
+def test_transformers_loads_the_export(tmp_path, any_peft):
     """`from_pretrained(OUT)` and `load_adapter` of transformers answer as the model under fixed routes."""
     base, inputs = llama(), text()
     base.save_pretrained(tmp_path / "base")
