@@ -223,7 +223,6 @@ OTHERS_ERRORS = {
     "transformers": lambda: llama().add_adapter(QueryableLoraConfig(target_modules=["q_proj"])),
     "targets": lambda: adapted(Unknown()),
     "two methods": lambda: adapted(llama(), target_modules=["q_proj"]).add_adapter("other", LoraConfig()),
-    "parser": lambda: TrlParser(QueryableLoraConfig),
 }
 
 
@@ -235,6 +234,20 @@ def test_errors_of_others_are_quoted_right(hub, any_peft):
             cause()
         said.append(f"{caught.typename}: {caught.value}")
     assert entries("pytb") == said
+
+
+@pytest.mark.parametrize("config_class", [LoraConfig, QueryableLoraConfig])
+def test_parsers_take_no_configuration_of_peft(config_class):
+    """As the page says, in words that depend on what was imported before: Python caches unions in either order."""
+    with pytest.raises((ValueError, TypeError), match=r"is allowed for `Union`|parameterized generic") as caught:
+        TrlParser(config_class)
+    page = (ROOT / "docs/troubleshooting.md").read_text().replace("\n", " ")
+    assert (
+        re.search(
+            r"Only `Union\[X, NoneType\]` \(i.e., `Optional\[X\]`\) is allowed|isinst.*generic", str(caught.value)
+        )[0]
+        in page
+    )
 
 
 # Reference
