@@ -42,6 +42,7 @@ def launches(model: nn.Module, method: str, setup: Setup) -> dict[str, tuple[int
         model(**step)  # the first step after the prompt reads the gates, for all that follow
         with Kernels() as decoding:
             model(**step)
+    model.gradient_checkpointing_disable()
     with Kernels() as training:
         training_loss(model.train(), method, setup).backward()
     model.zero_grad(set_to_none=True)
