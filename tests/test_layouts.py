@@ -136,8 +136,8 @@ def bert_decoder() -> nn.Module:
 class WholeLogits(transformers.BertLMHeadModel):
     """A decoder that has no `logits_to_keep`, as those of older transformers."""
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
-        return super().forward(input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache)
+    def forward(self, input_ids, attention_mask=None, use_cache=None, **cache):
+        return super().forward(input_ids, attention_mask, use_cache=use_cache, **cache)
 
 
 def test_a_decoders_head_goes_on_from_the_cache(method):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peft_queryable.calls.cache import cache_argument
 from recipes.benchmark.shapes import Setup
 from recipes.benchmark.work import inputs, training_loss
 
@@ -38,11 +39,14 @@ def launches(model: nn.Module, method: str, setup: Setup) -> dict[str, tuple[int
     model.eval()
     with torch.no_grad():
         cache = model(**given, use_cache=True).past_key_values
-        step = {"input_ids": given["input_ids"][:, -1:], "past_key_values": cache, "use_cache": True}
+        step = {
+            "input_ids": given["input_ids"][:, -1:],
+            "use_cache": True,
+            cache_argument(model.get_base_model()): cache,
+        }
         model(**step)  # the first step after the prompt reads the gates, for all that follow
         with Kernels() as decoding:
             model(**step)
-    model.gradient_checkpointing_disable()
     with Kernels() as training:
         training_loss(model.train(), method, setup).backward()
     model.zero_grad(set_to_none=True)

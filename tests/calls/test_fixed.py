@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.fixed import close, random_routes, trained
 from helpers.models import (
+    CACHE,
     LLAMA_PROJECTIONS,
     llama,
     outputs,
@@ -124,14 +125,14 @@ def test_caches_between_routed_and_fixed():
     cache = DynamicCache(config=model.config)
     with fix_routes(model, random_routes(model)), torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
-        first = model(input_ids=ids[:, :4], past_key_values=cache).logits
-        close(torch.cat([first, model(input_ids=ids[:, 4:], past_key_values=cache).logits], 1), whole)
+        first = model(input_ids=ids[:, :4], **{CACHE: cache}).logits
+        close(torch.cat([first, model(input_ids=ids[:, 4:], **{CACHE: cache}).logits], 1), whole)
     with pytest.raises(ValueError, match="The cache holds 6 tokens, but adapter 'default' routed 0"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **{CACHE: cache})
     with torch.no_grad():
         cache = model(input_ids=ids).past_key_values
         with fix_routes(model, random_routes(model)):
-            assert model(input_ids=ids[:, :1], past_key_values=cache).logits.isfinite().all()
+            assert model(input_ids=ids[:, :1], **{CACHE: cache}).logits.isfinite().all()
 
 
 def test_threads():

@@ -73,7 +73,13 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-FLOAT32 = ("XGLMForCausalLM", "Inkling2ForCausalLM", "Inkling2ForConditionalGeneration")  # these know no float64
+FLOAT32 = (  # these know no float64
+    "XGLMForCausalLM",
+    "Inkling2ForCausalLM",
+    "Inkling2ForConditionalGeneration",
+    "Inkling2LoopForCausalLM",
+    "Inkling2LoopForConditionalGeneration",
+)
 
 
 def tiny_config(cls: type) -> PretrainedConfig:

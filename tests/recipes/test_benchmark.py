@@ -106,15 +106,6 @@ def test_a_decoding_step_launches_no_more_than_loras():
     assert decoding["sequence"] == decoding["prompt"] == decoding["lora"] < decoding["causal"]
 
 
-def test_launches_are_those_of_a_step_without_checkpointing():
-    """Whatever was measured before."""
-    setup = Setup("tiny", length=8, prompt=8)
-    model = adapted("lora", base_model(setup), setup)
-    plain = launches(model, "lora", setup)
-    model.gradient_checkpointing_enable()
-    assert launches(model, "lora", setup) == plain
-
-
 def test_sweeps_alone():
     assert {name.split("/")[0] for name in sections(Arguments(works=["none"]))} == {"growth"}
 
