@@ -155,6 +155,14 @@ class QueryableLoraConfig(LoraConfig):
             "the router learns only once the atoms have."
         },
     )
+    init_router_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Initial standard deviation of the entries of keys and block priors (the paper states none). "
+            "RMSNorm hides the scale of keys, so with less they turn faster under the same learning rate, and the "
+            "input has more of a say beside the prior."
+        },
+    )
     peft_queryable_version: str | None = field(
         default=None,
         metadata={"help": "Version of peft_queryable that made the adapter; filled in where it is None."},
@@ -211,6 +219,7 @@ class QueryableLoraConfig(LoraConfig):
             instruction_query_weight=self.instruction_query_weight,
             query_terms=self.query_terms,
             atom_scale=0.0 if starts_at_zero else self.init_atom_scale,
+            router_scale=self.init_router_scale,
         )
 
     def _refuse_unsupported(self) -> None:
@@ -245,7 +254,7 @@ class QueryableLoraConfig(LoraConfig):
             raise ValueError(
                 f"`top_k` must be between 1 and `num_atoms`={self.num_atoms}, or None for all atoms, got {self.top_k}."
             )
-        for name in ("attention_temperature", "depth_temperature", "language_temperature"):
+        for name in ("attention_temperature", "depth_temperature", "language_temperature", "init_router_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         for name in ("instruction_strength", "instruction_query_weight", "init_atom_scale"):

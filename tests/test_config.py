@@ -31,6 +31,7 @@ DEFAULTS = {
     "query_terms": ("state", "depth", "instruction"),
     "init_gate": 0.5,
     "init_atom_scale": 1.0,
+    "init_router_scale": 1.0,
     "peft_queryable_version": __version__,
 }
 
@@ -42,7 +43,7 @@ OUT_OF_RANGE = [
     *[("instruction_dim", value) for value in (0, -1)],
     *[
         (name, value)
-        for name in ("attention_temperature", "depth_temperature", "language_temperature")
+        for name in ("attention_temperature", "depth_temperature", "language_temperature", "init_router_scale")
         for value in (0.0, -1.0, math.nan)
     ],
     *[
@@ -194,6 +195,7 @@ EVERY_FIELD = {
     "query_terms": ["state", "instruction"],
     "init_gate": 0.3,
     "init_atom_scale": 0.2,
+    "init_router_scale": 0.3,
     "peft_queryable_version": "9.9",  # as in a saved one: a new one takes no `default_instruction`
 }
 

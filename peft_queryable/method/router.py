@@ -55,6 +55,7 @@ class RouterSettings:
         instruction_query_weight: lambda.
         query_terms: which of "state", "depth" and "instruction" the query has beside the block prior.
         atom_scale: initial standard deviation of the atoms' entries, times sqrt(r).
+        router_scale: initial standard deviation of the entries of keys and block priors.
         longest_stack: largest number of blocks in one stack; None if all `num_blocks` are in one.
     """
 
@@ -71,6 +72,7 @@ class RouterSettings:
     instruction_query_weight: float = 1.0
     query_terms: tuple[str, ...] = ("state", "depth", "instruction")
     atom_scale: float = 1.0
+    router_scale: float = 1.0
     longest_stack: int | None = None
 
 
@@ -127,9 +129,9 @@ class Router(nn.Module):
             if "instruction" in terms:
                 self.instruction_query = nn.Linear(settings.instruction_dim, dim, bias=False)
         nn.init.normal_(self.atoms.weight, std=settings.atom_scale / math.sqrt(rank))
-        # Keys and priors of unit scale: the logits of a random query are then about N(0, 1 / T_attn^2).
-        nn.init.normal_(self.keys.weight)
-        nn.init.normal_(self.block_prior.weight)
+        # Whatever the scale of keys, the logits of a random query are about N(0, 1 / T_attn^2).
+        nn.init.normal_(self.keys.weight, std=settings.router_scale)
+        nn.init.normal_(self.block_prior.weight, std=settings.router_scale)
         if self.default_instruction is not None:
             nn.init.zeros_(self.default_instruction.weight)
 

@@ -42,6 +42,7 @@ class QueryableArguments:
     queryable_depth_temperature: float = like("depth_temperature")
     queryable_init_gate: float = like("init_gate")
     queryable_init_atom_scale: float = like("init_atom_scale")
+    queryable_init_router_scale: float = like("init_router_scale")
 
 
 def parse_recipe(groups, defaults):

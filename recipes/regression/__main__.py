@@ -38,7 +38,7 @@ from recipes.regression.estimate import estimate
 from recipes.regression.jobs import adapt_missing, finished, name, pretrain_missing
 from recipes.regression.settings import SETTINGS, Run
 from recipes.regression.tables import report
-from recipes.regression.workers import Workers
+from recipes.common.workers import Workers
 
 
 def main(args: Arguments) -> None:

@@ -15,7 +15,7 @@ from recipes.regression.backbones import BACKBONES
 from recipes.regression.instructions import instruction
 from recipes.regression.phases import adapt, pretrain
 from recipes.regression.settings import Run, Setting
-from recipes.regression.workers import Workers
+from recipes.common.workers import Workers
 
 
 def chunks(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:

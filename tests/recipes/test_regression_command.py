@@ -16,7 +16,7 @@ from recipes.regression.baselines import INSTRUCTION_DIM
 from recipes.regression.functions import FUNCTIONS
 from recipes.regression.jobs import finished
 from recipes.regression.settings import SETTINGS
-from recipes.regression.workers import Workers
+from recipes.common.workers import Workers
 
 
 def test_the_command_goes_on_where_it_stopped(tmp_path):

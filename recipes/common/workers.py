@@ -27,7 +27,9 @@ class Workers:
         self.pool.shutdown(cancel_futures=True)
         self.manager.shutdown()
 
-    def results(self, tasks: Sequence[Callable[[Queue], Result]], epochs: int, description: str) -> Iterator[Result]:
+    def results(
+        self, tasks: Sequence[Callable[[Queue], Result]], epochs: int, description: str, unit: str = "epoch"
+    ) -> Iterator[Result]:
         """What `tasks` return, as they end.
 
         Args:
@@ -35,10 +37,11 @@ class Workers:
                 raised after them.
             epochs: number of epochs of each task.
             description: text beside the bar.
+            unit: what the bar counts, if not epochs.
         """
         finished, errors = self.manager.Queue(), []
         pending = {self.pool.submit(task, finished) for task in tasks}
-        with tqdm(total=epochs * len(tasks), desc=description, unit="epoch") as bar:
+        with tqdm(total=epochs * len(tasks), desc=description, unit=unit) as bar:
             while pending:
                 done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
                 bar.update(finished.qsize() - bar.n)

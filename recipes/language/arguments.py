@@ -1,0 +1,38 @@
+"""The arguments of the recipe."""
+
+import os
+from dataclasses import dataclass, field
+
+from recipes.language.arms import ARMS
+from recipes.language.skills import CONDITIONS
+
+FIRST_CHOOSING_SEED = 100  # seeds from here on chose the library's defaults, and no table shows them
+QUICK = {"conditions": ["first"], "arms": ["lora", "static", "scale-1"], "ranks": [2], "rates": [0.01], "seeds": 2}
+QUICK_SETTING = {"base_steps": 20, "steps": 4, "stage_steps": 2, "validation": 16, "test": 16}
+
+
+@dataclass
+class Arguments:
+    output_dir: str = field(default="outputs/language", metadata={"help": "Folder for results and bases."})
+    conditions: list[str] = field(
+        default_factory=lambda: list(CONDITIONS),
+        metadata={"help": "How the task is told, in the order of the runs.", "choices": list(CONDITIONS)},
+    )
+    arms: list[str] = field(
+        default_factory=lambda: list(ARMS), metadata={"help": "What to compare.", "choices": list(ARMS)}
+    )
+    ranks: list[int] = field(default_factory=lambda: [8, 2], metadata={"help": "Ranks r."})
+    rates: list[float] = field(
+        default_factory=lambda: [0.0025, 0.005, 0.01, 0.02],
+        metadata={"help": "Learning rates of every arm; the best one on validation data is shown."},
+    )
+    seeds: int = field(default=10, metadata={"help": "Runs of each arm and rate, with seeds 0, 1, ..."})
+    choosing: bool = field(
+        default=False, metadata={"help": f"Take seeds {FIRST_CHOOSING_SEED}, ... instead, to choose defaults by."}
+    )
+    at_once: int = field(default=5, metadata={"help": "Runs that train as one stacked model."})
+    processes: int = field(
+        default=os.cpu_count() or 1,
+        metadata={"help": "Stacked models that train side by side, each on one thread."},
+    )
+    quick: bool = field(default=False, metadata={"help": "A few steps of three arms: to see that it runs."})

@@ -1,0 +1,85 @@
+"""Arms compared run by run: in every arm, a seed has the same base and the same examples."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from math import exp, inf, isfinite, log
+from pathlib import Path
+from typing import NamedTuple
+
+from scipy.stats import t
+
+from recipes.language.arms import ARMS
+from recipes.language.skills import CONDITIONS
+
+Runs = Mapping[int, dict]  # records by seed
+
+
+class Ratio(NamedTuple):
+    """A ratio of losses: its geometric mean over paired seeds, and the 95 % interval of that mean (t of the logs)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]" if self.n > 1 else f"{self.mean:.2f}"
+
+
+class Best(NamedTuple):
+    """The runs of an arm at the rate that is best on validation data."""
+
+    lr: float
+    is_edge: bool  # whether it is the lowest or highest rate that was tried
+    runs: Runs
+
+
+def read(path: Path) -> dict[tuple[str, int], dict[str, dict[float, Runs]]]:
+    """Records by condition and rank, then arm, rate and seed, in the order of the tables."""
+    found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        found[record["condition"], record["rank"]][record["arm"]][record["lr"]][record["seed"]] = record
+    places = sorted(found, key=lambda place: (-place[1], CONDITIONS.index(place[0])))
+    return {place: {arm: found[place][arm] for arm in ARMS if arm in found[place]} for place in places}
+
+
+def best(rates: Mapping[float, Runs]) -> Best:
+    """The rate with the lowest geometric mean of validation losses, among those with most seeds."""
+    most = max(map(len, rates.values()))
+    means = {
+        lr: statistics.mean(log(record["validation"]) for record in runs.values())
+        for lr, runs in rates.items()
+        if len(runs) == most
+    }
+    lr = min(means, key=means.__getitem__)
+    return Best(lr, len(means) > 1 and lr in (min(means), max(means)), rates[lr])
+
+
+def ratio(runs: Runs, others: Runs, name: str = "test", other_name: str = "test") -> Ratio | None:
+    """Losses of `runs` over those of `others`, seed by seed; None without a common seed."""
+    seeds = sorted(set(runs) & set(others))
+    logs = [log(runs[seed][name]) - log(others[seed][other_name]) for seed in seeds]
+    if not logs:
+        return None
+    if not all(map(isfinite, logs)):
+        return Ratio(inf, inf, inf, len(logs))
+    mean = statistics.mean(logs)
+    half = t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
+    return Ratio(exp(mean), exp(mean - half), exp(mean + half), len(logs))
+
+
+def geometric_mean(runs: Runs, name: str) -> float:
+    return exp(statistics.mean(log(record[name]) for record in runs.values()))
+
+
+def mean(runs: Runs, name: str) -> float:
+    return statistics.mean(record[name] for record in runs.values())
+
+
+def forgetting(record: dict) -> float:
+    """By how much the losses of tasks rise after their own stage, at the end; the mean over all but the last."""
+    matrix = record["matrix"]
+    return statistics.mean(matrix[-1][task] - matrix[task][task] for task in range(len(matrix) - 1))

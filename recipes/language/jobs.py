@@ -1,0 +1,84 @@
+"""What is left to do of a command, as tasks for the workers, and the files that hold what is done."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from queue import Queue
+
+import torch
+from torch import nn
+
+from recipes.common.workers import Workers
+from recipes.language.arguments import Arguments
+from recipes.language.base import new_base, pretrain
+from recipes.language.runs import Job, Setting, finetune
+from recipes.language.skills import stages_of
+
+
+def chunks(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (seeds[i : i + size] for i in range(0, len(seeds), size))
+
+
+def finished(path: Path, setting: Setting) -> set[tuple]:
+    """Condition, rank, arm, rate and seed of the runs that are in `path`."""
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if any(record["setting"] != asdict(setting) for record in records):
+        raise SystemExit(f"{path} has runs of another setting: remove it, or name another --output_dir.")
+    return {(*(record[name] for name in Job._fields), record["seed"]) for record in records}
+
+
+def base_path(args: Arguments, seed: int) -> Path:
+    """A quick command has bases of its own, so that no full one takes them."""
+    return Path(args.output_dir, f"{'quick-' if args.quick else ''}base-{seed}.pt")
+
+
+def pretrain_missing(args: Arguments, setting: Setting, seeds: Sequence[int], workers: Workers) -> None:
+    """Make the bases that no earlier command has made."""
+    left = [seed for seed in seeds if not base_path(args, seed).exists()]
+    tasks = [partial(pretrain_some, args, setting, some) for some in chunks(left, args.at_once)]
+    list(workers.results(tasks, setting.base_steps, "pre-training"))  # the tasks write the bases
+
+
+def pretrain_some(args: Arguments, setting: Setting, seeds: Sequence[int], steps: Queue) -> None:
+    models = pretrain(seeds, setting.base_steps, setting.base_batch, partial(steps.put, 1))
+    for seed, model in zip(seeds, models, strict=True):
+        unfinished = base_path(args, seed).with_suffix(".part")
+        torch.save(model.state_dict(), unfinished)
+        unfinished.rename(base_path(args, seed))
+
+
+def base(args: Arguments, seed: int) -> nn.Module:
+    model = new_base()
+    model.load_state_dict(torch.load(base_path(args, seed)))
+    return model
+
+
+def finetune_missing(
+    args: Arguments, setting: Setting, missing: Mapping[Job, Sequence[int]], results: Path, workers: Workers
+) -> None:
+    """Train the missing runs, job after job, and write their records to `results` as they end."""
+    tasks = [
+        partial(finetune_some, args, setting, job, seeds)
+        for job, left in missing.items()
+        for seeds in chunks(left, args.at_once)
+    ]
+    for records in workers.results(tasks, setting.steps, "fine-tuning"):
+        with results.open("a") as file:
+            file.writelines(json.dumps({"setting": asdict(setting), **record}) + "\n" for record in records)
+
+
+def finetune_some(args: Arguments, setting: Setting, job: Job, seeds: Sequence[int], steps: Queue) -> list[dict]:
+    stages = len(stages_of(job.condition))
+    share = setting.steps / (setting.steps if stages == 1 else stages * setting.stage_steps)
+    done = 0.0
+
+    def advance() -> None:  # every task counts as `steps` steps
+        nonlocal done
+        done += share
+        while done >= 1 - 1e-9:
+            steps.put(1)
+            done -= 1
+
+    return finetune(setting, job, seeds, [base(args, seed) for seed in seeds], advance)

@@ -1,0 +1,175 @@
+"""One comparison's runs: an arm at a rank and a learning rate, for several seeds that train as one stacked model."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import inf, isfinite, log
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_queryable import RouteStatistics
+from peft_queryable.metrics import information
+from recipes.language.arms import ARMS, attach, inputs, routing
+from recipes.language.base import Stacked, is_exact, train
+from recipes.language.skills import TASKS, stages_of, task_lines, tasks_of
+
+TRAIN, VALIDATION, TEST = range(3)  # streams of examples
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How long bases and adapters train, and on how many examples they are measured."""
+
+    base_steps: int = 2500
+    base_batch: int = 64
+    steps: int = 200  # of a fine-tuning
+    stage_steps: int = 50  # of each task, where one comes after another
+    batch: int = 32
+    validation: int = 256
+    test: int = 512
+
+
+class Job(NamedTuple):
+    condition: str
+    rank: int
+    arm: str
+    lr: float
+
+
+class Runs:
+    """The runs of a job. A seed has the same base and the same examples in every arm.
+
+    Args:
+        setting: sizes.
+        job: what to train.
+        seeds: one for each run.
+        bases: the pre-trained base of each; they are changed.
+    """
+
+    def __init__(self, setting: Setting, job: Job, seeds: Sequence[int], bases: Sequence[nn.Module]) -> None:
+        self.setting, self.job, self.seeds, self.arm = setting, job, seeds, ARMS[job.arm]
+        self.copies = len(TASKS) if self.arm.is_each else 1  # models per run
+        models = []
+        for seed, base in zip(seeds, bases, strict=True):
+            for i in range(self.copies):
+                torch.manual_seed(1000 * i + seed)
+                models.append(attach(self.arm, copy.deepcopy(base), job.rank, job.condition))
+        self.stacked = Stacked(models, partial(inputs, self.arm, job.condition), partial(routing, self.arm))
+
+    def tasks(self, stage: int, n: int) -> Tensor:
+        """The tasks of n lines, as each model gets them."""
+        return tasks_of(self.job.condition, stage, n)[: n // self.copies]
+
+    def stream(self, stage: int, n: int, kind: int) -> Callable[[], Tensor]:
+        """A function that draws n further lines of each run: [R, n, 15], or [8 R, n / 8, 15] with a model per task."""
+        tasks = tasks_of(self.job.condition, stage, n)
+        generators = [torch.Generator().manual_seed(3 * (100 * seed + stage) + kind) for seed in self.seeds]
+
+        def draw() -> Tensor:
+            lines = torch.stack([task_lines(self.job.condition, tasks, generator) for generator in generators])
+            by_copy = lines.unflatten(1, (-1, self.copies)).transpose(1, 2)  # [R, copies, n / copies, 15]
+            return by_copy.flatten(0, 1)
+
+        return draw
+
+    def train(self, advance: Callable[[], object]) -> list[list[Tensor]]:
+        """Train; the test losses [R] of all tasks after each stage, if there are several."""
+        stages, matrix = stages_of(self.job.condition), []
+        for stage in stages:
+            steps = self.setting.steps if len(stages) == 1 else self.setting.stage_steps
+            batch = self.setting.batch
+            lines = self.stream(stage, batch, TRAIN)
+            train(self.stacked, self.job.lr, steps, lines, self.tasks(stage, batch), advance)
+            if len(stages) > 1:
+                matrix.append(self.losses(TEST))
+        return matrix
+
+    @torch.no_grad()
+    def over_stages(self, function: Callable[[Tensor, Tensor], Tensor], kind: int) -> list[Tensor]:
+        """Means over lines of `function`, of lines and their tasks, for each stage's lines: [R] each."""
+        stages, means = stages_of(self.job.condition), []
+        n = (self.setting.test if kind == TEST else self.setting.validation) // len(stages)
+        for stage in stages:
+            values = function(self.stream(stage, n, kind)(), self.tasks(stage, n))  # [copies R, n / copies]
+            means.append(values.reshape(len(self.seeds), -1).mean(1))
+        return means
+
+    def losses(self, kind: int) -> list[Tensor]:
+        return self.over_stages(self.stacked.losses, kind)
+
+    def exact(self, kind: int) -> list[Tensor]:
+        return self.over_stages(partial(self.stacked.map, is_exact), kind)
+
+    @torch.no_grad()
+    def routes(self) -> list[dict[str, float]]:
+        """What each run's routes of test answers tell, in bits; means over blocks."""
+        n = self.setting.test
+        tasks = self.tasks(0, n)
+        told = []
+        for weights in self.stacked.routes(self.stream(0, n, TEST)(), tasks):  # [blocks, n, K, M] of a run
+            statistics = RouteStatistics()
+            statistics.add(dict(enumerate(weights)))
+            tokens = weights.shape[2]
+            by_task = tasks.repeat_interleave(tokens)
+            by_place = torch.arange(tokens).repeat(n)
+            flat = weights.flatten(1, 2).double()
+            told.append(
+                {
+                    "mi_task": sum(information(each, by_task).item() for each in flat) / len(flat) / log(2),
+                    "mi_place": sum(information(each, by_place).item() for each in flat) / len(flat) / log(2),
+                    "entropy": statistics.summary()["entropy"] / log(2),
+                    "dead": statistics.summary()["dead"],
+                }
+            )
+        return told
+
+
+@contextmanager
+def shuffled(model: nn.Module, n: int) -> Iterator[None]:
+    """Within it, each of n lines has the routes that another one would have."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    router = model.base_model.queryable_lora_router["default"]
+    handle = router.register_forward_hook(lambda router, arguments, weights: weights[order])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def finetune(
+    setting: Setting, job: Job, seeds: Sequence[int], bases: Sequence[nn.Module], advance: Callable[[], object]
+) -> list[dict[str, Any]]:
+    """Train and measure an arm; one record per seed."""
+    runs = Runs(setting, job, seeds, bases)
+    start = time.perf_counter()
+    matrix = runs.train(advance)
+    seconds = (time.perf_counter() - start) / len(seeds)
+    trainable = runs.copies * sum(p[0].numel() for p in runs.stacked.learned.values())
+    measured = {
+        "validation": runs.losses(VALIDATION),
+        "test": runs.losses(TEST),
+        "exact": runs.exact(TEST),
+    }
+    told: list[dict[str, float]] = [{} for _ in seeds]
+    if runs.arm.is_routed and not matrix:
+        with shuffled(runs.stacked.template, setting.test):
+            measured["shuffled"] = runs.losses(TEST)
+        told = runs.routes()
+    records = []
+    for i, seed in enumerate(seeds):
+        record = {**job._asdict(), "seed": seed, "trainable": trainable, "seconds": seconds}
+        record |= {name: finite(sum(means)[i].item() / len(means)) for name, means in measured.items()} | told[i]
+        if matrix:  # [stages, tasks]
+            record["matrix"] = [[finite(loss[i].item()) for loss in row] for row in matrix]
+        records.append(record)
+    return records
+
+
+def finite(loss: float) -> float:
+    """A run that diverged has an infinite loss."""
+    return loss if isfinite(loss) else inf

@@ -1,0 +1,110 @@
+# /// script
+# dependencies = ["peft_queryable[recipes]"]
+# ///
+"""Tables and pictures of finished runs, which the recipe also makes at its end.
+
+python -m recipes.language.tables outputs/language/runs.jsonl
+
+# Put them into docs/language-models.md as well
+python -m recipes.language.tables outputs/language/runs.jsonl --write_docs
+"""
+
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from recipes.common.figures import plt, save
+from recipes.common.report import fill_place, markdown_table
+from recipes.language.arms import ARMS
+from recipes.language.comparisons import Best, best, forgetting, geometric_mean, mean, ratio, read
+
+TOLD = {
+    "token": "Told by a token",
+    "first": "Decided by the first symbol",
+    "middle": "Decided by a symbol in the middle",
+    "last": "Decided by the last symbol",
+    "instruction": "Told to the adapter alone",
+    "single": "One task",
+    "sequence": "One task after another",
+}
+RIVALS = {"lora": "LoRA", "lora-2r": "LoRA 2r", "static": "static"}
+
+
+def table(arms: Mapping[str, Best]) -> str:
+    """One row per arm, at its best rate."""
+    rows = []
+    for arm, (lr, is_edge, runs) in arms.items():
+        ratios = [
+            str(ratio(runs, arms[rival].runs) or "") if rival in arms and rival != arm else "" for rival in RIVALS
+        ]
+        row = [ARMS[arm].label, f"{mean(runs, 'trainable'):,.0f}", f"{lr:g}{'*' if is_edge else ''}", f"{len(runs)}"]
+        row += [f"{geometric_mean(runs, 'test'):.3f}", *ratios, f"{mean(runs, 'exact'):.2f}"]
+        one = next(iter(runs.values()))
+        if "matrix" in one:
+            row.append(f"{statistics.mean(map(forgetting, runs.values())):.2f}")
+        elif "mi_task" in one:
+            row += [f"{mean(runs, name):.2f}" for name in ("mi_task", "mi_place", "entropy")]
+            row += [f"{mean(runs, 'dead'):.1f}", str(ratio(runs, runs, "shuffled"))]
+        rows.append([*row, f"{mean(runs, 'seconds'):.1f}"])
+    widest = max(map(len, rows))
+    rows = [[*row[:-1], *[""] * (widest - len(row)), row[-1]] for row in rows]
+    header = ["", "parameters", "rate", "n", "loss", *(f"loss / {rival}" for rival in RIVALS.values()), "exact"]
+    if any("matrix" in next(iter(each.runs.values())) for each in arms.values()):
+        header.append("forgotten")
+    elif widest > len(header) + 1:
+        header += ["task, bits", "place, bits", "entropy, bits", "dead", "loss with shuffled routes"]
+    return markdown_table([*header, "seconds"], rows)
+
+
+def plot(found: Mapping[tuple[str, int], Mapping[str, Best]], rank: int, path: Path) -> None:
+    """Ratios to LoRA with their intervals: one panel per way of telling the task."""
+    panels = {condition: arms for (condition, r), arms in found.items() if r == rank and "lora" in arms}
+    if not panels:
+        return
+    names = [arm for arm in ARMS if arm != "lora" and any(arm in arms for arms in panels.values())]
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(1.2 + 2.1 * len(panels), 1 + 0.3 * len(names)), sharey=True, squeeze=False
+    )
+    for axes, (condition, arms) in zip(grid[0], panels.items(), strict=True):
+        axes.axvline(1, color="grey", linewidth=0.8)
+        for place, arm in enumerate(names):
+            if arm in arms and (found_ratio := ratio(arms[arm].runs, arms["lora"].runs)):
+                color = "C0" if ARMS[arm].lora is not None else "C1"
+                axes.plot(found_ratio[1:3], [place, place], color=color)
+                axes.plot(found_ratio[0], place, "o", color=color)
+        axes.set(title=TOLD[condition], xscale="log", xlabel="loss / LoRA")
+        axes.title.set_fontsize(8)
+        axes.set_xticks(ticks := [0.25, 0.5, 1, 2], [f"{tick:g}" for tick in ticks], minor=False)
+        axes.minorticks_off()
+    grid[0, 0].set_yticks(range(len(names)), [ARMS[arm].label for arm in names])
+    grid[0, 0].invert_yaxis()
+    figure.tight_layout()
+    save(figure, path.with_name(f"{path.stem}-r{rank}.svg"))
+
+
+def report(path: Path) -> str:
+    """All tables of the runs in `path`, in Markdown. Their pictures are saved beside it."""
+    found = {place: {arm: best(rates) for arm, rates in arms.items()} for place, arms in read(path).items() if arms}
+    for rank in {rank for _, rank in found}:
+        plot(found, rank, path)
+    return "\n\n".join(
+        f"### {TOLD[condition]}, r = {rank}\n\n{table(arms)}" for (condition, rank), arms in found.items()
+    )
+
+
+def write_docs(text: str, path: Path) -> None:
+    """Put the tables and pictures of the runs in `path` into their place in docs/language-models.md."""
+    figures = {f"language-{each.name}": each for each in sorted(path.parent.glob(f"{path.stem}-r*.svg"), reverse=True)}
+    fill_place("language-models.md", f"recipes.language {path.stem}", text, figures)
+
+
+def main(path: Path, *options: str) -> None:
+    text = report(path)
+    print(text)
+    if "--write_docs" in options:
+        write_docs(text, path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
