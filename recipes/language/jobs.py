@@ -38,7 +38,7 @@ def pretrain_missing(args: Arguments, setting: Setting, seeds: Sequence[int], wo
     """Make the bases that no earlier command has made."""
     left = [seed for seed in seeds if not base_path(args, seed).exists()]
     tasks = [partial(pretrain_some, args, setting, some) for some in chunks(left, args.at_once)]
-    list(workers.results(tasks, setting.base_steps, "pre-training"))  # the tasks write the bases
+    list(workers.results(tasks, setting.base_steps, "pre-training", "step"))  # the tasks write the bases
 
 
 def pretrain_some(args: Arguments, setting: Setting, seeds: Sequence[int], steps: Queue) -> None:
@@ -64,7 +64,7 @@ def finetune_missing(
         for job, left in missing.items()
         for seeds in chunks(left, args.at_once)
     ]
-    for records in workers.results(tasks, setting.steps, "fine-tuning"):
+    for records in workers.results(tasks, setting.steps, "fine-tuning", "step"):
         with results.open("a") as file:
             file.writelines(json.dumps({"setting": asdict(setting), **record}) + "\n" for record in records)
 

@@ -33,12 +33,12 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
+from recipes.common.workers import Workers
 from recipes.regression.arguments import GROUPS, QUICK, QUICK_SETTING, Arguments
 from recipes.regression.estimate import estimate
 from recipes.regression.jobs import adapt_missing, finished, name, pretrain_missing
 from recipes.regression.settings import SETTINGS, Run
 from recipes.regression.tables import report
-from recipes.common.workers import Workers
 
 
 def main(args: Arguments) -> None:

@@ -10,12 +10,12 @@ from queue import Queue
 import torch
 from torch import Tensor, nn
 
+from recipes.common.workers import Workers
 from recipes.regression.arguments import Arguments
 from recipes.regression.backbones import BACKBONES
 from recipes.regression.instructions import instruction
 from recipes.regression.phases import adapt, pretrain
 from recipes.regression.settings import Run, Setting
-from recipes.common.workers import Workers
 
 
 def chunks(runs: Sequence[Run], size: int) -> Iterator[Sequence[Run]]:

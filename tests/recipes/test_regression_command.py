@@ -10,13 +10,13 @@ from helpers.recipes import cells, run
 from helpers.regression import reciprocal
 
 import recipes.regression.__main__ as recipe
+from recipes.common.workers import Workers
 from recipes.regression import estimate, instructions
 from recipes.regression.arguments import QUICK, Arguments
 from recipes.regression.baselines import INSTRUCTION_DIM
 from recipes.regression.functions import FUNCTIONS
 from recipes.regression.jobs import finished
 from recipes.regression.settings import SETTINGS
-from recipes.common.workers import Workers
 
 
 def test_the_command_goes_on_where_it_stopped(tmp_path):
