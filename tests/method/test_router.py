@@ -289,3 +289,18 @@ def test_temperature_divides_its_logits(name):
     assert not torch.allclose(
         route(warm, 2, state, means, instruction), route(cold, 2, state, means, instruction), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_initial_keys_and_priors(scale):
+    """Entries have the standard deviation `router_scale`, and are the same numbers at every scale but for it."""
+    settings = {"num_atoms": 64, "num_blocks": 64, "dim": 32}
+    torch.manual_seed(0)
+    scaled = router(**settings, router_scale=scale)
+    torch.manual_seed(0)
+    plain = router(**settings)
+    for name in ("keys", "block_prior"):
+        weight = getattr(scaled, name).weight
+        assert weight.std().item() == pytest.approx(scale, rel=0.05)
+        torch.testing.assert_close(weight, scale * getattr(plain, name).weight)
+    assert torch.equal(scaled.atoms.weight, plain.atoms.weight)

@@ -1,0 +1,197 @@
+"""recipes/language: its tasks, its stacked training, what it measures, its command and its tables."""
+
+import json
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.recipes import cells, run
+from scipy.stats import ttest_1samp
+
+import recipes.language.__main__ as recipe
+from peft_queryable import record_routing
+from recipes.language import tables
+from recipes.language.arguments import QUICK, QUICK_SETTING, Arguments
+from recipes.language.arms import ARMS
+from recipes.language.base import answer_loss, new_base, pretrain
+from recipes.language.comparisons import best, forgetting, ratio
+from recipes.language.jobs import finished
+from recipes.language.runs import TEST, TRAIN, Job, Runs, Setting, finetune, shuffled
+from recipes.language.skills import CONDITIONS, PLACES, PROMPT, SEPARATOR, SKILLS, TASKS, lines, task_lines, tasks_of
+
+SETTING = replace(Setting(), **QUICK_SETTING)
+
+
+def bases(*seeds):
+    models = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models.append(new_base())
+    return models
+
+
+def runs(arm, *seeds, condition="first", rank=2, lr=0.02):
+    return Runs(SETTING, Job(condition, rank, arm, lr), seeds, bases(*seeds))
+
+
+def train_some(arm, *seeds, **job):
+    trained = runs(arm, *seeds, **job)
+    trained.train(lambda: None)
+    return trained
+
+
+def test_a_line_holds_its_answers():
+    """Orders, then maps, by hand: backwards and plus one; turned by one place and mirrored."""
+    symbols = torch.tensor([[3, 1, 4, 15, 9, 2]] * 2)
+    told = lines(torch.tensor([[1, 1], [2, 2]]), torch.tensor([[17, 26], [17, 30]]), symbols)
+    assert told[0].tolist() == [17, 26, 3, 1, 4, 15, 9, 2, SEPARATOR, 3, 10, 0, 5, 2, 4]
+    assert told[1].tolist() == [17, 30, 3, 1, 4, 15, 9, 2, SEPARATOR, 14, 11, 0, 6, 13, 12]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_what_tells_the_task(condition):
+    """The cue where there is one, else a symbol, else nothing; and every task is new to the base."""
+    assert len(set(TASKS)) == 8 and not set(TASKS) & set(SKILLS)
+    tasks = tasks_of(condition, 3, 16)
+    told = task_lines(condition, tasks, torch.Generator().manual_seed(0))
+    assert (len(set(tasks.tolist())) == 1) == (condition in ("single", "sequence"))
+    assert (told[:, 1] - 26).tolist() == (tasks.tolist() if condition in ("token", "sequence") else [-9] * 16)
+    for name, place in PLACES.items():
+        assert torch.equal(told[:, 2 + place] % 8, tasks) == (condition == name)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_stacked_runs_train_as_they_would_alone(arm):
+    together, alone = train_some(arm, 0, 1), train_some(arm, 1)
+    stacked, other = together.losses(TEST)[0], alone.losses(TEST)[0]
+    torch.testing.assert_close(stacked[1], other[0], rtol=1e-4, atol=0)
+    assert stacked[0] != stacked[1]
+
+
+@pytest.mark.parametrize("arm", ["lora", "scale-1", "prompt", "oracle"])
+def test_a_stacked_model_is_its_models(arm):
+    """Losses of the stack are those of its first model, called by itself."""
+    stacked = runs(arm, 0, 1).stacked
+    for parameter in stacked.learned.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    told, tasks = task_lines("first", tasks_of("first", 0, 16), torch.Generator().manual_seed(0)), torch.arange(16) % 8
+    model = stacked.template.eval()
+    model.load_state_dict({name: tensor[0] for name, tensor in stacked.parameters.items()}, strict=False)
+    with torch.no_grad(), stacked.routing(model, tasks):
+        logits = model(input_ids=told[:, :-1], **stacked.inputs(tasks)).logits
+    expected = answer_loss(logits[:, PROMPT:], told[:, PROMPT + 1 :])
+    torch.testing.assert_close(stacked.losses(told.expand(2, -1, -1), tasks)[0], expected)
+
+
+def test_each_task_has_its_own_adapter():
+    """With a model per task, it gets the lines of its task alone, and they are those of all other arms."""
+    each, one = runs("lora-each", 0, 1, condition="token"), runs("lora", 0, 1, condition="token")
+    told, whole = each.stream(0, 16, TRAIN)(), one.stream(0, 16, TRAIN)()
+    assert told.shape == (16, 2, 15) and each.stacked.parameters["base_model.model.lm_head.weight"].shape[0] == 16
+    assert torch.equal(told[:, :, 1] - 26, (torch.arange(16) % 8)[:, None].expand(-1, 2))
+    assert torch.equal(told[8:].transpose(0, 1).flatten(0, 1), whole[1])
+
+
+def test_shuffled_routes_are_those_of_other_lines():
+    """A line's loss is the one that it has when the router is shown the other line's states."""
+    trained = train_some("scale-1", 0, lr=0.05)
+    told, tasks = trained.stream(0, 16, TEST)(), trained.tasks(0, 16)
+    plain = trained.stacked.routes(told, tasks)
+    with shuffled(trained.stacked.template, 16):
+        swapped = trained.stacked.routes(told, tasks)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(swapped[:, 0], plain[:, 0][:, order])  # the first block's states stay as they were
+    assert not torch.equal(swapped[:, 0], plain[:, 0])
+    torch.testing.assert_close(trained.stacked.routes(told, tasks), plain)
+
+
+def test_given_routes_are_one_atom_per_task():
+    trained = runs("oracle", 0)
+    model, tasks = trained.stacked.template, torch.tensor([5, 0])
+    with record_routing(model) as trace, trained.stacked.routing(model, tasks):
+        model(input_ids=torch.zeros(2, 3, dtype=torch.long))
+    assert [weights.argmax(-1).tolist() for weights in trace.weights().values()] == [[5, 0]] * 4
+
+
+def test_instructions_reach_routed_arms_alone():
+    """Where only the adapter is told, LoRA and static routes know nothing, and the routes of ours know all."""
+    for arm, is_told in {"lora": False, "static": False, "scale-1": True, "oracle": False}.items():
+        told = runs(arm, 0, condition="instruction")
+        assert ("instruction_embeds" in told.stacked.inputs(torch.arange(8))) == is_told
+    (routes,) = runs("scale-1", 0, condition="instruction").routes()
+    (untold,) = runs("scale-1", 0, condition="single").routes()
+    assert routes["mi_task"] > 0.5 and untold["mi_task"] == pytest.approx(0, abs=1e-9)
+
+
+def test_forgetting_is_measured_after_every_stage():
+    (record,) = finetune(SETTING, Job("sequence", 2, "lora", 0.05), [0], bases(0), lambda: None)
+    matrix = torch.tensor(record["matrix"])
+    assert matrix.shape == (8, 8)
+    assert record["test"] == pytest.approx(matrix[-1].mean().item(), rel=1e-5)
+    by_hand = statistics.mean(record["matrix"][7][task] - record["matrix"][task][task] for task in range(7))
+    assert forgetting(record) == pytest.approx(by_hand)
+
+
+def test_the_base_learns():
+    (model,) = pretrain([0], 20, 16, lambda: None)
+    (new,) = bases(0)
+    assert not torch.equal(model.lm_head.weight, new.lm_head.weight)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.17e6, rel=0.05)
+
+
+def test_the_command_goes_on_where_it_stopped(tmp_path):
+    results = tmp_path / "quick-runs.jsonl"
+    stdout = run("recipes.language", "--quick", "--processes", "1", "--output_dir", tmp_path)
+    assert results.with_suffix(".md").read_text() in stdout
+    assert (tmp_path / "quick-runs-r2.svg").read_text().endswith("</svg>\n")
+    written = results.read_text().splitlines()
+    keys = [(record["arm"], record["seed"]) for record in map(json.loads, written)]
+    assert keys == [(arm, seed) for arm in QUICK["arms"] for seed in (0, 1)]
+    results.write_text("\n".join(written[:3] + written[4:]) + "\n")
+    recipe.main(Arguments(str(tmp_path), processes=1, quick=True, **QUICK))
+    again = results.read_text().splitlines()
+    assert again[:-1] == written[:3] + written[4:]
+    missing, redone = json.loads(written[3]), json.loads(again[-1])
+    assert (redone["arm"], redone["seed"]) == keys[3]
+    assert redone["test"] == pytest.approx(missing["test"], rel=1e-4)
+    with pytest.raises(SystemExit, match="another setting: remove it"):
+        finished(results, replace(SETTING, steps=5))
+
+
+def record(arm, seed, lr, validation, test):
+    return {
+        **{"condition": "first", "rank": 8, "arm": arm, "lr": lr, "seed": seed, "validation": validation},
+        **{"test": test, "exact": 0.5, "trainable": 1000, "seconds": 2.0},
+    }
+
+
+def test_the_tables_against_numbers_by_hand(tmp_path):
+    """Validation data choose the rate, test data are shown, and ratios are paired by seed."""
+    lora, ours = [2.0, 1.0, 4.0], [0.5, 0.9, 1.5]
+    records = [record("lora", seed, 0.01, 1.0, loss) for seed, loss in enumerate(lora)]
+    records += [record("lora", seed, 0.02, 2.0, 1e-3) for seed in range(3)]
+    records += [record("static", seed, lr, loss, loss) for lr in (0.1, 0.2, 0.3) for seed, loss in enumerate(ours)]
+    records += [record("scale-1", seed, lr, lr - 0.1, lr) for lr in (0.2, 0.3) for seed in range(3)]
+    records += [record("scale-1", seed, 0.1, math.inf, math.inf) for seed in range(3)]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in reversed(records)))
+    found = tables.read(path)["first", 8]
+    assert best(found["lora"]).lr == 0.01 and best(found["lora"]).is_edge
+    assert best(found["scale-1"]).lr == 0.2 and not best(found["scale-1"]).is_edge
+    told = ratio(found["static"][0.1], found["lora"][0.01])
+    logs = [math.log(a / b) for a, b in zip(ours, lora, strict=True)]
+    low, high = ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert told == pytest.approx((math.exp(statistics.mean(logs)), math.exp(low), math.exp(high), 3))
+    text = cells(tables.report(path))
+    assert "### Decided by the first symbol, r = 8" in text
+    assert "| LoRA | 1,000 | 0.01* | 3 | 2.000 |" in text
+    assert f"| {told} |" in text
+
+
+def test_ratios_need_common_seeds():
+    runs = {seed: {"test": 1.0} for seed in range(3)}
+    assert ratio(runs, {7: {"test": 1.0}}) is None
+    assert str(ratio(runs, {1: {"test": 2.0}})) == "0.50"
+    assert ratio({1: {"test": math.inf}, 2: {"test": 1.0}}, runs).mean == math.inf
