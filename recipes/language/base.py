@@ -1,5 +1,6 @@
 """The tiny Llama that all adapters start from, and how it learns its skills."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -132,11 +133,11 @@ def train(
         lr_factors: by part of a tensor's name, what its learning rate is multiplied by.
     """
     learned = list(stacked.learned.values())
-    groups = []
+    groups = defaultdict(list)
     for name, p in stacked.learned.items():
-        factor = next((factor for part, factor in (lr_factors or {}).items() if part in name), 1.0)
-        groups.append({"params": [p], "lr": lr * factor})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=True)
+        groups[next((factor for part, factor in (lr_factors or {}).items() if part in name), 1.0)].append(p)
+    params = [{"params": group, "lr": lr * factor} for factor, group in groups.items()]
+    optimizer = torch.optim.AdamW(params, weight_decay=0.0, fused=True)
     warm_up = max(round(WARM_UP * steps), 1)
     scheduler = LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up)))
     for _ in range(steps):
