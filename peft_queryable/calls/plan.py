@@ -18,6 +18,8 @@ class Plan:
         scope: which tokens its routes see in this stack.
         first_block: index, among the router's blocks, of the stack's first one.
         num_blocks: number of blocks of the stack.
+        mixed: name of a module that sees tokens of several kinds together, of which no mask of the call is known to
+            be about all; "" without one.
     """
 
     adapter_name: str
@@ -25,3 +27,4 @@ class Plan:
     scope: Scope
     first_block: int
     num_blocks: int
+    mixed: str = ""

@@ -98,6 +98,11 @@ def is_visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask.bool() if not mask.is_floating_point() else mask >= 0
 
 
+def hides(mask: Tensor) -> bool:
+    """Whether a mask, [B, S] of 0 and 1 or additive of more dimensions, hides anything; waits for its device."""
+    return not (mask.bool() if mask.ndim < 3 else is_visible(mask)).all()
+
+
 def real_tokens(mask: Any, batch: int) -> Tensor | None:
     """Real tokens [B, S], cached ones included, told from the mask that attention gets; None if it masks none.
 
