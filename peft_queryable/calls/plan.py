@@ -18,8 +18,8 @@ class Plan:
         scope: which tokens its routes see in this stack.
         first_block: index, among the router's blocks, of the stack's first one.
         num_blocks: number of blocks of the stack.
-        mixed: name of a module that sees tokens of several kinds together, of which no mask of the call is known to
-            be about all; "" without one.
+        mixed: pattern of those of its modules that may see tokens of several kinds together, which no mask of the
+            call is known to be about; "" if there are none.
     """
 
     adapter_name: str

@@ -39,15 +39,9 @@ def without_masks(arguments: Mapping[str, Any], plans: Sequence[Plan], denoiser:
         raise ValueError(f"{denoiser} keeps tokens in `{cache}`, which cannot carry routing. Call it without.")
     for name, mask in masks.items() if plans and not torch.compiler.is_compiling() else ():
         if (mixed or name not in _TEXT_MASKS) and hides(mask):
-            where = f"the module {mixed!r}" if mixed else "the modules of its image"
+            remedy = "" if mixed in ("", ".*") else f", or pass `exclude_modules=r'{mixed}'`"
             raise ValueError(
-                f"`{name}` {list(mask.shape)} hides tokens of {denoiser}, and which of the tokens that {where} sees "
-                "are hidden is not known. Pass rows without padding, one at a time if need be"
-                + (f", or exclude the module with `exclude_modules=r'{_kind(mixed)}'`." if mixed else ".")
+                f"`{name}` {list(mask.shape)} of {denoiser} hides tokens, and it is not known which they are of those "
+                f"that each adapted module sees. Pass rows without padding, one at a time if need be{remedy}."
             )
     return {name: value for name, value in arguments.items() if name not in masks}
-
-
-def _kind(name: str) -> str:
-    """A pattern of all modules in the same list of layers as module `name`."""
-    return re.sub(r"\.\d+\..*", r"\\..*", name)

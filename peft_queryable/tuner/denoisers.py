@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,7 @@ _MIXED = {  # of these classes, the modules that see text beside other tokens; t
     "MochiTransformer3DModel": r"time_embed\.pooler\.to_kv",
 }
 # Parameters that say: tokens of several kinds in one packed row, or padding told otherwise than by a mask.
-_PACKED = re.compile(r"text_lens|segment_ids|token_tags|shape_list|cap_feats|padding_mask|text_ind(ex|ic)es|input_ids")
+_PACKED = re.compile(r"text_lens|segment_ids|token_tags|shape_list|cap_feats|text_ind(ex|ic)es|input_ids")
 # Parameters that say: later frames may be made from what this call gives.
 _GOES_ON = re.compile(r"kv_caches?|enable_diffusion_forcing|chunk_\w+|latents_history\w*|clean_hidden_states")
 
@@ -33,10 +34,10 @@ def denoiser_of(model: nn.Module, owner: str) -> tuple[str, Any] | None:
     """Name and module of the denoiser of diffusers that holds module `owner` or is it; None outside of one."""
     parts, module = owner.split(".") if owner else [], model
     for depth in range(len(parts) + 1):
-        names = {*parameter_names(module)}
-        is_own = any(cls.__module__.startswith("diffusers.models.") for cls in type(module).__mro__)
-        if is_own and {"timestep", "timesteps", "t"} & names and {"hidden_states", "sample", "x"} & names:
-            return ".".join(parts[:depth]), module
+        if any(cls.__module__.startswith("diffusers.models.") for cls in type(module).__mro__):
+            names = {*parameter_names(module)}
+            if {"timestep", "timesteps", "t"} & names and {"hidden_states", "sample", "x"} & names:
+                return ".".join(parts[:depth]), module
         if depth < len(parts):
             module = module.get_submodule(parts[depth])
     return None
@@ -44,16 +45,25 @@ def denoiser_of(model: nn.Module, owner: str) -> tuple[str, Any] | None:
 
 def sees_text(model: nn.Module, owner: str, name: str) -> bool:
     """Whether module `name` of the stack of `owner` is one of a denoiser's that see the text alone."""
-    prefix, local, kind = _within(model, owner, name)
-    return prefix == owner and kind in _TEXT and bool(re.fullmatch(_TEXT[kind], local))
+    found = denoiser_of(model, owner)
+    pattern = None if found is None or found[0] != owner else _TEXT.get(type(found[1]).__name__)
+    return pattern is not None and bool(re.fullmatch(pattern, name.removeprefix(owner + ".")))
 
 
-def is_mixed(model: nn.Module, owner: str, name: str) -> bool:
-    """Whether module `name` of the stack of `owner` may see tokens of a denoiser that no mask is known to be about."""
-    prefix, local, kind = _within(model, owner, name)
-    if prefix is None:
-        return False
-    return kind not in _TEXT or (prefix == owner and bool(re.fullmatch(_MIXED.get(kind, "(?!)"), local)))
+def has_streams(model: nn.Module, owner: str) -> bool:
+    """Whether the masks of a call of `owner` are not known to be about the tokens of its stack."""
+    found = denoiser_of(model, owner)
+    return found is not None and (found[0] == owner or type(found[1]).__name__ not in _TEXT)
+
+
+def mixed_modules(model: nn.Module, owner: str, names: Sequence[str]) -> str:
+    """A pattern of the modules `names` of a stack that may see a denoiser's text beside other tokens; "" for none."""
+    found = denoiser_of(model, owner) if has_streams(model, owner) else None
+    if found is None:
+        return ""
+    prefix, kind = found[0] and re.escape(found[0] + "."), type(found[1]).__name__
+    pattern = prefix + (_MIXED.get(kind, "(?!)") if kind in _TEXT else ".*")
+    return pattern if any(re.fullmatch(pattern, name) for name in names) else ""
 
 
 def generates_nothing_later(denoiser: nn.Module) -> bool:
@@ -65,12 +75,3 @@ def packing(model: nn.Module, name: str) -> str | None:
     """The parameter of a denoiser that keeps it from being known which tokens its module `name` sees, if any."""
     found = denoiser_of(model, name.rpartition(".")[0])
     return None if found is None else next(filter(_PACKED.fullmatch, parameter_names(found[1])), None)
-
-
-def _within(model: nn.Module, owner: str, name: str) -> tuple[str | None, str, str]:
-    """Name of the denoiser of a stack, the name of its module `name` inside it, and its class's name."""
-    found = denoiser_of(model, owner)
-    if found is None:
-        return None, name, ""
-    prefix, denoiser = found
-    return prefix, name[len(prefix) + 1 :] if prefix else name, type(denoiser).__name__

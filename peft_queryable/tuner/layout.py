@@ -17,11 +17,13 @@ from ..calls.plan import Plan
 from ..calls.stack import Stack
 from ..method.router import Router
 from ..method.scope import SCOPES, Scope
-from .denoisers import denoiser_of, generates_nothing_later, is_mixed, sees_text
+from .denoisers import denoiser_of, generates_nothing_later, has_streams, mixed_modules, sees_text
 
 _MODALITIES_OF_TOWERS = {"image", "video", "audio"}  # transformers' words for what is no text
 _ATTENTION_PROJECTION = re.compile(r"(to_|w)?(q|k|v|query|key|value)(_?(proj|lin|layer))?")
-_CROSS_ATTENTION = re.compile(r"(^|\.)(enc_?dec_?attention|encoder_attn|(decoding_)?cross_?att(ention|n)?)\.", re.IGNORECASE)
+_CROSS_ATTENTION = re.compile(
+    r"(^|\.)(enc_?dec_?attention|encoder_attn|(decoding_)?cross_?att(ention|n)?)\.", re.IGNORECASE
+)
 _MEMORY_PROJECTION = re.compile(r"(to_|w)?(k|v|kv|key|value)(_?(proj|lin|layer))?|c_attn")
 _PER_TOKEN = (
     "{stack} belongs to a denoiser, whose modules see different tokens (of an image, of a text, of both), so that "
@@ -100,9 +102,10 @@ def resolve_scope(name: str, sees_all: bool) -> Scope:
 def sees_all(model: nn.Module, owner: str) -> bool:
     """Whether it is known that no output of the stack of `owner` is used to predict or generate a later token.
 
-    So it is in encoders of encoder-decoders, in vision and audio towers, and in models that cannot generate and have
-    a masked language model among their classes, and in denoisers whose call says nothing of frames to come. Everything else counts as causal: in an encoder that is merely another
-    pooling, while averaging over the whole sequence in a decoder would leak the answer.
+    So it is in encoders of encoder-decoders, in vision and audio towers, in models that cannot generate and have a
+    masked language model among their classes, and in denoisers whose call says nothing of frames to come. Everything
+    else counts as causal: in an encoder that is merely another pooling, while averaging over the whole sequence in a
+    decoder would leak the answer.
     """
     if (found := denoiser_of(model, owner)) is not None:
         return generates_nothing_later(found[1])
@@ -213,9 +216,8 @@ class Stacks:
             names = [name for names in names_by_layer for name in names]
             if resolved.is_per_token and denoiser_of(self.model, key.owner) is not None:
                 raise ValueError(_PER_TOKEN.format(stack=key, scope=scope))
-            mixed = [name for name in names if not key.reads_memory and is_mixed(self.model, key.owner, name)]
-            first_mixed = mixed[0] if mixed else ""
-            stack.plans[adapter_name] = Plan(adapter_name, router, resolved, first_block, num_blocks, first_mixed)
+            mixed = "" if key.reads_memory else mixed_modules(self.model, key.owner, names)
+            stack.plans[adapter_name] = Plan(adapter_name, router, resolved, first_block, num_blocks, mixed)
             groups = entry_groups(names)
             for names, block in zip(names_by_layer, blocks, strict=True):
                 for name in names:
@@ -225,15 +227,13 @@ class Stacks:
     def _stack(self, key: StackKey) -> Stack:
         if key not in self.by_key:
             owner = self.model.get_submodule(key.owner)
-            found = denoiser_of(self.model, key.owner)
-            is_denoiser = found is not None and (found[0] == key.owner or is_mixed(self.model, key.owner, key.owner))
             takes_labels = not key.reads_memory and not sees_all(self.model, key.owner)
             self.by_key[key] = Stack(
                 str(key),
                 owner,
                 key.reads_memory,
                 key.is_loose,
-                is_denoiser,
+                has_streams(self.model, key.owner),
                 takes_labels,
                 self.model_hooks,
                 self.currents,

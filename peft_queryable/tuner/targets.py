@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..calls.arguments import parameter_names
 from ..config import QueryableLoraConfig
-from .layer import QueryableLoraLayer
 from .denoisers import packing
+from .layer import QueryableLoraLayer
 from .layout import find_stacks
 
 _SEQUENCE_FIRST = ("fsmt", "xlnet")  # the models of transformers whose layers get [tokens, batch, features]
@@ -223,7 +223,9 @@ def _unknown_layout(model: nn.Module, name: str) -> str | None:
     if name.rpartition(".")[2] == "enc_to_dec_proj":  # of encoder-decoders that are put together from two models
         return "it projects the encoder's output in a call that is about the decoder's tokens"
     if (parameter := packing(model, name)) is not None:
-        return f"its denoiser takes `{parameter}`, and which tokens it sees, and of them which are padding, is not known"
+        return (
+            f"its denoiser takes `{parameter}`, and which tokens it sees, and of them which are padding, is not known"
+        )
     if type(path[-1]).__name__ == "MllamaModel":  # the projector between its vision model and its text model
         return _SQUARES
     return None
