@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.denoisers import DENOISERS, MASKS, MISSING, PADDED, denoiser, double, row, shortened
+from helpers.denoisers import (
+    ATTENTION,
+    DENOISER_SCALE,
+    DENOISERS,
+    MASKS,
+    MISSING,
+    PADDED,
+    denoiser,
+    double,
+    row,
+    shortened,
+)
 from helpers.models import adapted, randomise
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -19,7 +30,6 @@ pytestmark = [
 ]
 QKV = ["to_q", "to_k", "to_v"]
 ATOL = 1e-10
-SCALE = 0.1  # of the adapters: larger ones outweigh the -10000 by which diffusers masks text
 
 
 def lora(base: nn.Module, target_modules: list[str] | str) -> nn.Module:
@@ -33,7 +43,7 @@ def method(request) -> Callable[..., nn.Module]:
     def wrap(name: str, targets: list[str] | str, **kwargs: Any) -> nn.Module:
         torch.manual_seed(0)
         model = request.param(DENOISERS[name][0]().double(), target_modules=targets, **kwargs)
-        randomise(model, scale=SCALE)
+        randomise(model, scale=DENOISER_SCALE)
         return model
 
     return wrap
@@ -42,7 +52,7 @@ def method(request) -> Callable[..., nn.Module]:
 def queryable(name: str, targets: list[str] | str = "all-linear", **kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     model = adapted(DENOISERS[name][0]().double(), target_modules=targets, **kwargs)
-    randomise(model, scale=SCALE)
+    randomise(model, scale=DENOISER_SCALE)
     return model
 
 
@@ -157,3 +167,28 @@ def test_routes_per_token_are_refused():
     )()
     with pytest.raises(ValueError, match=r"`routing_scope='auto'`, which gives each token a route of its own here"):
         adapted(base, target_modules=QKV)
+
+
+def test_packed_inputs_are_refused_by_name():
+    """Where a denoiser is told of padding by other means than a mask, nothing of it can be adapted."""
+    base = denoiser(
+        "ErnieImageTransformer2DModel", hidden_size=32, num_attention_heads=2, num_layers=1, ffn_hidden_size=48
+    )
+    with pytest.raises(ValueError, match="its denoiser takes `text_lens`, and which tokens it sees"):
+        adapted(base(), target_modules=QKV)
+
+
+def test_caches_are_refused():
+    """Tokens that a denoiser keeps from call to call had other routes."""
+    base = denoiser(
+        "Flux2Transformer2DModel",
+        **ATTENTION | {"num_layers": 1},
+        num_single_layers=1,
+        in_channels=4,
+        joint_attention_dim=32,
+        axes_dims_rope=[4, 4, 4, 4],
+        timestep_guidance_channels=16,
+    )
+    model = adapted(base(), target_modules=QKV, routing_scope="sequence")
+    with pytest.raises(ValueError, match="keeps tokens in `kv_cache`, which cannot carry routing"):
+        model(**DENOISERS["Flux"][1](), kv_cache=object())

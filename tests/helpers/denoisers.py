@@ -12,6 +12,8 @@ from torch import Tensor, nn
 IMAGE, TEXT = 4, 3  # tokens per row
 MISSING = None if importlib.util.find_spec("diffusers") else "diffusers is not installed"
 ATTENTION = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+DENOISER_SCALE = 0.1  # of random adapters: larger ones outweigh the -10000 by which diffusers masks text
+QWEN_IMAGE = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"]
 MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
 
 
