@@ -71,6 +71,18 @@ def generates_nothing_later(denoiser: nn.Module) -> bool:
     return not any(map(_GOES_ON.fullmatch, parameter_names(denoiser)))
 
 
+def check_scope(model: nn.Module, name: str, scope: str) -> None:
+    """Raise a ValueError if module `name` is a denoiser's and `scope`, a `routing_scope`, gives each token a route."""
+    found = denoiser_of(model, name.rpartition(".")[0])
+    if found is None or not (scope == "causal" or (scope == "auto" and not generates_nothing_later(found[1]))):
+        return
+    raise ValueError(
+        f"{type(found[1]).__name__} is a denoiser, whose modules see different tokens (of an image, of a text, of both), "
+        f"so that `routing_scope={scope!r}`, which gives each token a route of its own here, cannot serve them. Use "
+        "`routing_scope='sequence'`, with which each sequence has one route; it sees all frames of the call."
+    )
+
+
 def packing(model: nn.Module, name: str) -> str | None:
     """The parameter of a denoiser that keeps it from being known which tokens its module `name` sees, if any."""
     found = denoiser_of(model, name.rpartition(".")[0])

@@ -25,11 +25,6 @@ _CROSS_ATTENTION = re.compile(
     r"(^|\.)(enc_?dec_?attention|encoder_attn|(decoding_)?cross_?att(ention|n)?)\.", re.IGNORECASE
 )
 _MEMORY_PROJECTION = re.compile(r"(to_|w)?(k|v|kv|key|value)(_?(proj|lin|layer))?|c_attn")
-_PER_TOKEN = (
-    "{stack} belongs to a denoiser, whose modules see different tokens (of an image, of a text, of both), so that "
-    "`routing_scope={scope!r}`, which gives each token a route of its own here, cannot serve them. Use "
-    "`routing_scope='sequence'`, with which each sequence has one route; it sees all frames of the call."
-)
 
 
 @dataclass
@@ -214,8 +209,6 @@ class Stacks:
             # Memory is no sequence that a later token extends: all of it is there from the first.
             resolved = SCOPES["sequence"] if key.reads_memory else resolve_scope(scope, not stack.takes_labels)
             names = [name for names in names_by_layer for name in names]
-            if resolved.is_per_token and denoiser_of(self.model, key.owner) is not None:
-                raise ValueError(_PER_TOKEN.format(stack=key, scope=scope))
             mixed = "" if key.reads_memory else mixed_modules(self.model, key.owner, names)
             stack.plans[adapter_name] = Plan(adapter_name, router, resolved, first_block, num_blocks, mixed)
             groups = entry_groups(names)

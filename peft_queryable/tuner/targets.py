@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..calls.arguments import parameter_names
 from ..config import QueryableLoraConfig
-from .denoisers import packing
+from .denoisers import check_scope, packing
 from .layer import QueryableLoraLayer
 from .layout import find_stacks
 
@@ -51,6 +51,7 @@ def check_target(
     Raises:
         ValueError: if it cannot, though the configuration names it, or for a reason that is not of the module's kind.
     """
+    check_scope(model, name, config.routing_scope)
     obstacle = _obstacle(target)
     reason = obstacle or _refusal(model, config, name, target)
     if obstacle or (reason is not None and left_out is None):

@@ -548,8 +548,8 @@ def write_table(outcomes: dict[str, str]) -> None:
         "`nn.MultiheadAttention`, experts whose input does not tell which sequence a token belongs to, and the "
         "query_proj and key_proj of DeBERTa v2 and SEW-D where they also project relative positions.",
         "",
-        "Diffusion transformers are diffusers' own: `pip install diffusers`. The modules that see the text alone form a "
-        "stack of their own, listed as cross-attention, in the classes whose text may be padded.",
+        "Diffusion transformers are diffusers' own: `pip install diffusers`. The modules that see the text alone form "
+        "a stack of their own, listed as cross-attention, in the classes whose text may be padded.",
         "",
     ]
     (Path(__file__).parents[2] / "docs" / "architectures.md").write_text("\n".join(lines))
