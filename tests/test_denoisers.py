@@ -150,10 +150,12 @@ def test_gradient_checkpointing(method, name):
 
 def test_routes_per_token_are_refused():
     """A scope with a route per token is refused when the adapter is made, wherever `auto` would take it too."""
+    base = DENOISERS["Flux"][0]()
     with pytest.raises(
-        ValueError, match=r"belongs to a denoiser.*`routing_scope='causal'`.*`routing_scope='sequence'`"
+        ValueError, match=r"FluxTransformer2DModel is a denoiser.*='causal'`.*`routing_scope='sequence'`"
     ):
-        queryable("Flux", QKV, routing_scope="causal")
+        adapted(base, target_modules=QKV, routing_scope="causal")
+    result(adapted(base, target_modules=QKV, routing_scope="sequence"), DENOISERS["Flux"][1]())
     base = denoiser(
         "SkyReelsV2Transformer3DModel",
         num_attention_heads=2,
