@@ -78,8 +78,8 @@ def check_scope(model: nn.Module, name: str, scope: str) -> None:
         return
     raise ValueError(
         f"{type(found[1]).__name__} is a denoiser, whose modules see different tokens (of an image, of a text, of "
-        f"both), so that `routing_scope={scope!r}`, which gives each token a route of its own here, cannot serve them. "
-        "Use `routing_scope='sequence'`, with which each sequence has one route; it sees all frames of the call."
+        f"both), so that `routing_scope={scope!r}`, which gives each token a route of its own here, cannot serve "
+        "them. Use `routing_scope='sequence'`, with which each sequence has one route; it sees all frames of the call."
     )
 
 
