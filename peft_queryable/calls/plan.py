@@ -18,6 +18,8 @@ class Plan:
         scope: which tokens its routes see in this stack.
         first_block: index, among the router's blocks, of the stack's first one.
         num_blocks: number of blocks of the stack.
+        mixed: pattern of those of its modules that may see tokens of several kinds together, which no mask of the
+            call is known to be about; "" if there are none.
     """
 
     adapter_name: str
@@ -25,3 +27,4 @@ class Plan:
     scope: Scope
     first_block: int
     num_blocks: int
+    mixed: str = ""

@@ -15,6 +15,7 @@ from .model_call import ModelHooks
 from .plan import Plan
 from .replay import AdapterReplay, BoundCheckpoint
 from .stack_call import StackCall, leading_tensor
+from .streams import text_of, without_masks
 
 
 class Stack:
@@ -25,6 +26,7 @@ class Stack:
         owner: the module whose call runs the layers.
         reads_memory: whether its modules see an encoder's output, which they cross-attend to.
         is_loose: whether it stands outside every list of layers, and so may read the output of another stack.
+        is_denoiser: whether its owner is a denoiser, whose masks are about the text beside its own tokens.
         takes_labels: whether labels and prompts of the model call are about this stack's tokens.
         model_hooks: tells what the model call says.
         currents: the running calls of all stacks of the model; this stack adds its own.
@@ -36,11 +38,13 @@ class Stack:
         owner: nn.Module,
         reads_memory: bool,
         is_loose: bool,
+        is_denoiser: bool,
         takes_labels: bool,
         model_hooks: ModelHooks,
         currents: list[Current],
     ) -> None:
         self.name, self.reads_memory, self.is_loose, self.takes_labels = name, reads_memory, is_loose, takes_labels
+        self.is_denoiser = is_denoiser
         self.model_hooks, self.currents = model_hooks, currents
         self.current = Current()
         currents.append(self.current)
@@ -88,11 +92,14 @@ class Stack:
                 "read them together. Use FSDP2 (`fsdp_version: 2`), or wrap whole decoder layers."
             )
         arguments = bind(self.parameters, args, kwargs)
+        plans = [plan for plan in self.model_hooks.active_plans() if self.plans.get(plan.adapter_name) is plan]
+        routed = [plan for plan in plans if self.model_hooks.call.reads_tokens(plan)]
         if self.reads_memory:
-            memory, mask = arguments.get("encoder_hidden_states"), arguments.get("encoder_attention_mask")
-            if memory is None:
+            if arguments.get("encoder_hidden_states") is None:
                 return  # then no cross-attention runs
-            arguments = {"hidden_states": memory, "attention_mask": mask}  # no cache: the first call reads it all
+            arguments = text_of(arguments)  # no cache: the first call reads it all
+        elif self.is_denoiser:
+            arguments = without_masks(arguments, routed, type(owner).__name__)
         self.model_hooks.current.drop_ended()  # where the stack is called by itself
         stack_call = StackCall(
             stack=self.name,
@@ -106,8 +113,7 @@ class Stack:
             is_checkpointing=owner.training and self._bind_checkpoints(),
         )
         stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
-        plans = [plan for plan in self.model_hooks.active_plans() if self.plans.get(plan.adapter_name) is plan]
-        if self.is_loose and any(stack_call.model_call.reads_tokens(plan) for plan in plans):
+        if self.is_loose and routed:
             stack_call = stack_call.reading()
         call = RunningCall(stack_call, self.plans)
         self.current.open(call)

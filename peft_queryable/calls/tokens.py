@@ -98,6 +98,11 @@ def is_visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask.bool() if not mask.is_floating_point() else mask >= 0
 
 
+def hides(mask: Tensor) -> bool:
+    """Whether a mask, [B, S] of 0 and 1 or additive of more dimensions, hides anything; waits for its device."""
+    return not (mask.bool() if mask.ndim < 3 else is_visible(mask)).all()
+
+
 def real_tokens(mask: Any, batch: int) -> Tensor | None:
     """Real tokens [B, S], cached ones included, told from the mask that attention gets; None if it masks none.
 
@@ -108,13 +113,15 @@ def real_tokens(mask: Any, batch: int) -> Tensor | None:
         batch: number B of rows.
 
     Raises:
-        ValueError: for a mask of another shape.
+        ValueError: for a mask of another shape, or one [B, S] of floats that may be additive.
     """
     mask = widest_mask(mask)
     if mask is None:
         return None
     is_tensor = isinstance(mask, Tensor)
     if is_tensor and mask.ndim == 2:
+        if mask.is_floating_point() and not torch.compiler.is_compiling():
+            check_row_mask(mask)
         return mask.bool().expand(batch, -1)
     if is_tensor and mask.ndim == 4:
         return is_visible(mask)[:, 0].any(-2).expand(batch, -1)  # [B, S]
@@ -123,6 +130,19 @@ def real_tokens(mask: Any, batch: int) -> Tensor | None:
         f"An attention mask of {kind} does not tell which tokens are padding: pass one of shape [batch, tokens] or "
         "[batch, 1, queries, keys], and use `attn_implementation='sdpa'` if the model makes another from it."
     )
+
+
+def check_row_mask(mask: Tensor) -> None:
+    """Raise a ValueError unless a mask [B, S] of floats is surely one of 0 and 1; waits for its device.
+
+    An additive mask has other values where it hides tokens, and nothing but zeros in a row where it hides none.
+    """
+    if not (((mask == 0) | (mask == 1)).all() & mask.any(-1).all()):
+        raise ValueError(
+            "An attention mask [batch, tokens] of floats must have 1 for real tokens and 0 for padding, with a real "
+            "token in each row: other values are those of an additive mask, in which 0 stands for real tokens. Pass "
+            "`attention_mask >= 0` in place of an additive one."
+        )
 
 
 _APART = (

@@ -17,10 +17,13 @@ from ..calls.plan import Plan
 from ..calls.stack import Stack
 from ..method.router import Router
 from ..method.scope import SCOPES, Scope
+from .denoisers import denoiser_of, generates_nothing_later, has_streams, mixed_modules, sees_text
 
 _MODALITIES_OF_TOWERS = {"image", "video", "audio"}  # transformers' words for what is no text
 _ATTENTION_PROJECTION = re.compile(r"(to_|w)?(q|k|v|query|key|value)(_?(proj|lin|layer))?")
-_CROSS_ATTENTION = re.compile(r"(^|\.)(enc_?dec_?attention|encoder_attn|cross_?att(ention|n)?)\.", re.IGNORECASE)
+_CROSS_ATTENTION = re.compile(
+    r"(^|\.)(enc_?dec_?attention|encoder_attn|(decoding_)?cross_?att(ention|n)?)\.", re.IGNORECASE
+)
 _MEMORY_PROJECTION = re.compile(r"(to_|w)?(k|v|kv|key|value)(_?(proj|lin|layer))?|c_attn")
 
 
@@ -94,10 +97,13 @@ def resolve_scope(name: str, sees_all: bool) -> Scope:
 def sees_all(model: nn.Module, owner: str) -> bool:
     """Whether it is known that no output of the stack of `owner` is used to predict or generate a later token.
 
-    So it is in encoders of encoder-decoders, in vision and audio towers, and in models that cannot generate and have
-    a masked language model among their classes. Everything else counts as causal: in an encoder that is merely another
-    pooling, while averaging over the whole sequence in a decoder would leak the answer.
+    So it is in encoders of encoder-decoders, in vision and audio towers, in models that cannot generate and have a
+    masked language model among their classes, and in denoisers whose call says nothing of frames to come. Everything
+    else counts as causal: in an encoder that is merely another pooling, while averaging over the whole sequence in a
+    decoder would leak the answer.
     """
+    if (found := denoiser_of(model, owner)) is not None:
+        return generates_nothing_later(found[1])
     path = [model]
     for part in owner.split(".") if owner else ():
         path.append(path[-1].get_submodule(part))
@@ -139,6 +145,7 @@ def find_stacks(model: nn.Module, names: Sequence[str]) -> dict[StackKey, list[l
     for name in names:
         owner, layer = layer_of[name] or (_loose_owner(name, owners), name)
         reads_memory = bool(_CROSS_ATTENTION.search(name) and _MEMORY_PROJECTION.fullmatch(name.rpartition(".")[2]))
+        reads_memory = reads_memory or sees_text(model, owner, name)
         key = StackKey(owner, reads_memory, is_loose=bool(owners) and owner not in owners)
         stacks.setdefault(key, {}).setdefault(layer, []).append(name)
     return {key: list(layers.values()) for key, layers in stacks.items()}
@@ -201,8 +208,10 @@ class Stacks:
             num_blocks = blocks[-1] + 1
             # Memory is no sequence that a later token extends: all of it is there from the first.
             resolved = SCOPES["sequence"] if key.reads_memory else resolve_scope(scope, not stack.takes_labels)
-            stack.plans[adapter_name] = Plan(adapter_name, router, resolved, first_block, num_blocks)
-            groups = entry_groups([name for names in names_by_layer for name in names])
+            names = [name for names in names_by_layer for name in names]
+            mixed = "" if key.reads_memory else mixed_modules(self.model, key.owner, names)
+            stack.plans[adapter_name] = Plan(adapter_name, router, resolved, first_block, num_blocks, mixed)
+            groups = entry_groups(names)
             for names, block in zip(names_by_layer, blocks, strict=True):
                 for name in names:
                     layers[name].places[adapter_name] = Place(stack, block, [layers[peer] for peer in groups[name]])
@@ -213,7 +222,14 @@ class Stacks:
             owner = self.model.get_submodule(key.owner)
             takes_labels = not key.reads_memory and not sees_all(self.model, key.owner)
             self.by_key[key] = Stack(
-                str(key), owner, key.reads_memory, key.is_loose, takes_labels, self.model_hooks, self.currents
+                str(key),
+                owner,
+                key.reads_memory,
+                key.is_loose,
+                has_streams(self.model, key.owner),
+                takes_labels,
+                self.model_hooks,
+                self.currents,
             )
         return self.by_key[key]
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..calls.arguments import parameter_names
 from ..config import QueryableLoraConfig
+from .denoisers import check_scope, packing
 from .layer import QueryableLoraLayer
 from .layout import find_stacks
 
@@ -50,6 +51,7 @@ def check_target(
     Raises:
         ValueError: if it cannot, though the configuration names it, or for a reason that is not of the module's kind.
     """
+    check_scope(model, name, config.routing_scope)
     obstacle = _obstacle(target)
     reason = obstacle or _refusal(model, config, name, target)
     if obstacle or (reason is not None and left_out is None):
@@ -219,6 +221,12 @@ def _unknown_layout(model: nn.Module, name: str) -> str | None:
             return "the patches of all images come packed in one dimension, so that each would be a sequence"
     if hasattr(path[-1], "qformer") and name.rpartition(".")[2] == "language_projection":  # of the BLIP-2 family
         return "it sees the queries of an image in a call that is about the tokens of a text"
+    if name.rpartition(".")[2] == "enc_to_dec_proj":  # of encoder-decoders that are put together from two models
+        return "it projects the encoder's output in a call that is about the decoder's tokens"
+    if (parameter := packing(model, name)) is not None:
+        return (
+            f"its denoiser takes `{parameter}`, and which tokens it sees, and of them which are padding, is not known"
+        )
     if type(path[-1]).__name__ == "MllamaModel":  # the projector between its vision model and its text model
         return _SQUARES
     return None

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from helpers.denoisers import DENOISER_SCALE, DENOISERS, MISSING, PADDED, QWEN_IMAGE
 from helpers.models import MLP, VOCAB, token_ids
 from helpers.tiny import tiny_config
 
@@ -117,6 +118,8 @@ class Architecture:
         generates: whether cached generation is to equal uncached.
         pads: whether rows may be padded.
         note: what the table of the docs says of it.
+        scale: of the random adapter.
+        missing: why it cannot be tested here; None if it can.
     """
 
     build: Callable[[], nn.Module]
@@ -126,6 +129,8 @@ class Architecture:
     generates: bool = False
     pads: bool = False
     note: str = ""
+    scale: float = 0.3
+    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -492,6 +497,22 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def add_denoisers() -> None:
+    """Add those of diffusers, whose text forms a stack of its own where its padding is known."""
+    notes = dict.fromkeys(PADDED, "texts with padding")
+    notes |= dict.fromkeys(
+        ("HunyuanVideo", "Mochi"), "texts with padding are refused where a module sees image and text"
+    )
+    for name, (build, inputs) in DENOISERS.items():
+        scopes = {"": "sequence"} | ({"the model (cross-attention)": "sequence"} if name in notes else {})
+        scopes |= {"context_embedder.token_refiner": "sequence"} if name == "HunyuanVideo" else {}
+        targets = QWEN_IMAGE if name == "Qwen-Image" else "all-linear"  # nobody reads its last block's text
+        ARCHITECTURES[name] = Architecture(
+            build, inputs, scopes, targets, note=notes.get(name, ""), scale=DENOISER_SCALE, missing=MISSING
+        )
+
+
+add_denoisers()
 MARKS = {"passed": "yes", "skipped": "", "failed": "**no**"}
 CHECKS = {
     "identity": "a new adapter changes nothing",
@@ -504,6 +525,7 @@ CHECKS = {
 
 def write_table(outcomes: dict[str, str]) -> None:
     """Write docs/architectures.md from the outcome of each test, by its name with its parameter."""
+    assert MISSING is None, MISSING
     lines = [
         "# Architectures",
         "",
@@ -525,6 +547,9 @@ def write_table(outcomes: dict[str, str]) -> None:
         "These modules are refused by name when the adapter is made: language-model heads, embeddings, convolutions, "
         "`nn.MultiheadAttention`, experts whose input does not tell which sequence a token belongs to, and the "
         "query_proj and key_proj of DeBERTa v2 and SEW-D where they also project relative positions.",
+        "",
+        "Diffusion transformers are diffusers' own: `pip install diffusers`. The modules that see the text alone form "
+        "a stack of their own, listed as cross-attention, in the classes whose text may be padded.",
         "",
     ]
     (Path(__file__).parents[2] / "docs" / "architectures.md").write_text("\n".join(lines))
