@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from threading import get_ident
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -153,11 +155,27 @@ def embed_texts(encoder: InstructionEncoder, texts: Sequence[str | None]) -> Ten
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """For a while, no adapter of `model` and no dropout is at work; what trains stays as it is."""
+    """For a while, no adapter of `model` and no dropout is at work in this thread; what trains stays as it is.
+
+    Queryable LoRA goes on in other threads; the switch of PEFT's other tuners is every thread's.
+    """
+    modules, thread = list(model.modules()), get_ident()
+    hooks = {place.stack.model_hooks for module in modules for place in getattr(module, "places", {}).values()}
+    hooks = {each for each in hooks if not each.merged}  # the switch takes what is merged out of the weights
+
+    def original(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return module.original_module(*args, **kwargs) if get_ident() == thread else None
+
     with ExitStack() as undo:
-        for module in model.modules():
+        for each in hooks:
+            undo.enter_context(each.entered(adapter_names=("__base__",)))
+        for module in modules:
             undo.callback(setattr, module, "training", module.training)
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            if hooks and isinstance(module, AuxiliaryTrainingWrapper):
+                undo.callback(module.register_forward_hook(original, with_kwargs=True).remove)
+            elif hooks and (hasattr(module, "places") or isinstance(module, TrainableTokensLayer)):
+                continue  # told by the names, or a part of a wrapper
+            elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 undo.callback(setattr, module, "_disable_adapters", module._disable_adapters)
                 module._disable_adapters = True
         model.eval()

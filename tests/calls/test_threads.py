@@ -12,11 +12,13 @@ from functools import partial
 import pytest
 import torch
 from helpers.models import LLAMA_PROJECTIONS, adapted, llama, outputs, randomise, text, token_ids
+from helpers.words import tokenizer, words
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from peft_queryable import record_routing, use_instructions
+from peft_queryable.encoders import BackboneEncoder
 
 THREADS, CALLS = 4, 50
 
@@ -90,6 +92,33 @@ def test_instructions():
             return outputs(model, inputs)
 
     assert_threads_agree([partial(work, torch.randn(1, 5)) for _ in range(THREADS)])
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"modules_to_save": ["norm"]}, {"trainable_token_indices": list(range(40))}], ids=str
+)
+def test_encoding(fields):
+    """While one thread encodes instructions by the backbone, without adapters, the others keep theirs."""
+    model = routed(instruction_dim=32, **fields)
+    encoder, inputs, stop = BackboneEncoder(model, tokenizer()), text(), threading.Event()
+    expected = outputs(model, inputs)
+    with model.disable_adapter():
+        embeds = BackboneEncoder(model, tokenizer())([words(i, 3) for i in range(200)])
+        assert not torch.equal(outputs(model, inputs), expected)
+
+    def encode() -> int:
+        number = 0
+        while number < 200 and not stop.is_set():
+            torch.testing.assert_close(encoder([words(number, 3)])[0], embeds[number], rtol=0, atol=0)
+            number += 1
+        return number
+
+    with ThreadPoolExecutor(1) as pool:
+        encoded = pool.submit(encode)
+        for _ in range(CALLS):
+            torch.testing.assert_close(outputs(model, inputs), expected, rtol=0, atol=0)
+        stop.set()
+        assert encoded.result() > 0
 
 
 def test_recording():
