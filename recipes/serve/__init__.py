@@ -1,0 +1,1 @@
+"""A service: several adapters and instructions in one process, with streaming."""
