@@ -22,7 +22,7 @@ from ..tuner.model import QueryableLoraModel
 from .card import write_card
 from .folders import whole_folder
 
-_TENSORS = "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 _OURS = {"queryable_lora_gate", "queryable_lora_router"}
 
 
@@ -77,15 +77,15 @@ def export_lora(
     with TemporaryDirectory() as temporary, whole_folder(folder) as written:
         model.save_pretrained(temporary, selected_adapters=[name])
         saved = Path(temporary) if name == "default" else Path(temporary, name)
-        digest = hashlib.sha256((saved / _TENSORS).read_bytes()).hexdigest()
-        tensors = {k: t for k, t in load_file(saved / _TENSORS).items() if _OURS.isdisjoint(k.split("."))}
+        digest = hashlib.sha256((saved / TENSORS).read_bytes()).hexdigest()
+        tensors = {k: t for k, t in load_file(saved / TENSORS).items() if _OURS.isdisjoint(k.split("."))}
         for key, (weight, scaling, _) in folded.items():
             tensors[f"{key}.weight"] = weight.to(tensors[f"{key}.weight"]).contiguous()
             if f"{key}.bias" in tensors:
                 tensors[f"{key}.bias"] = scaling * tensors[f"{key}.bias"]
         is_conv = any(is_conv for _, _, is_conv in folded.values())
         lora = _lora_config(QueryableLoraConfig.from_pretrained(saved), is_conv)
-        save_file(tensors, written / _TENSORS, metadata={"format": "pt"})
+        save_file(tensors, written / TENSORS, metadata={"format": "pt"})
         lora.save_pretrained(str(written))
         write_card(written, lora, weights.double().cpu(), source, digest, losses)
     _warn_engines(lora)
@@ -131,10 +131,14 @@ def _lora_config(config: QueryableLoraConfig, is_conv: bool) -> LoraConfig:
     return LoraConfig(**(fields | changes))
 
 
-def _warn_engines(config: LoraConfig) -> None:
+def refused_by_engines(config: LoraConfig) -> list[str]:
+    """What an adapter carries beside its factors that vLLM and llama.cpp take in no LoRA."""
     carried = [name for name in ("modules_to_save", "trainable_token_indices", "lora_bias") if getattr(config, name)]
-    carried += ["bias"] if config.bias != "none" else []
-    if carried:
+    return carried + (["bias"] if config.bias != "none" else [])
+
+
+def _warn_engines(config: LoraConfig) -> None:
+    if carried := refused_by_engines(config):
         warnings.warn(
             f"The export carries {carried}, which vLLM refuses in a LoRA, and llama.cpp leaves out or refuses. "
             "PEFT and transformers load it. For other engines write the merged model: `--merge`, or "
