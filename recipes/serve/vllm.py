@@ -5,6 +5,9 @@
 
 python -m recipes.serve.vllm
 
+# Put the table into docs/serving.md as well
+python -m recipes.serve.vllm --write_docs
+
 It makes the models in outputs/serve-vllm, starts vLLM's server, asks for the base model, for an adapter under two
 instructions and for a group of another adapter, and compares the tokens with those of our own `generate`.
 """
@@ -32,7 +35,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfi
 from transformers import PreTrainedTokenizerFast as Fast
 
 from peft_queryable import QueryableLoraConfig, Routes, export_lora, fix_routes, use_instructions
-from recipes.common.report import markdown_table
+from recipes.common.report import fill_place, markdown_table
 
 OUTPUT = Path("outputs/serve-vllm").absolute()
 VOCAB, PROMPTS, NEW, PORT = 128, 8, 24, 8123
@@ -61,7 +64,10 @@ def main() -> int:
         others = [each for other, each in expected.items() if other != name]
         own = sum(all(answer != each[i] for each in others) for i, answer in enumerate(answers))
         rows.append([f"`{Path(name).name}`", f"{equal} of {PROMPTS}", f"{own} of {PROMPTS}"])
-    print(markdown_table(["model", "answers equal to ours", "unlike those of all other models"], rows))
+    text = markdown_table(["model", "answers equal to ours", "unlike those of all other models"], rows)
+    print(text)
+    if "--write_docs" in sys.argv:
+        fill_place("serving.md", "recipes.serve.vllm", text, {})
     return int(served != expected)
 
 
