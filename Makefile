@@ -8,7 +8,7 @@ RECIPES := $(VENV)/.recipes
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all peft-tests quality style docs clean
+.PHONY: help venv demo notebook test test-all peft-tests quality style docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ test-all: $(INSTALLED)  ## all tests
 
 peft-tests: $(INSTALLED)  ## PEFT's own tests, fetched by pip into build/, with our method in place of its LoRA
 	PYTHONPATH=tests $(BIN)/python -m peft_suite
+
+notebook: $(INSTALLED)  ## docs/quickstart.ipynb from recipes/quickstart.py
+	$(BIN)/jupytext --to ipynb --output docs/quickstart.ipynb recipes/quickstart.py
 
 quality: $(INSTALLED)  ## formatting, lint and types, changing nothing
 	$(BIN)/ruff format --check .

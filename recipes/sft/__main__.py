@@ -47,7 +47,8 @@ from recipes.sft.results import plot_curves, plot_routes, table
 @dataclass
 class HeldOutArguments(ScoreArguments):
     test_file: str | None = field(
-        default=None, metadata={"help": "JSON lines in the same form; without it, a tenth of --train_file is held out."}
+        default=None,
+        metadata={"help": "JSON lines in the same form; without it, a tenth of --train_file is held out."},
     )
 
 
@@ -126,7 +127,9 @@ def parse():
         parser.error("--test_file needs --train_file; of a data set, --dataset_test_split is held out")
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint not in (None, "true") and len(script_args.methods) > 1:
-        parser.error("--resume_from_checkpoint with a folder goes on with one method: pass --methods queryable, or lora")
+        parser.error(
+            "--resume_from_checkpoint with a folder goes on with one method: pass --methods queryable, or lora"
+        )
     if training_args.assistant_only_loss and model_args.model_name_or_path is None:
         parser.error(
             "--assistant_only_loss needs a chat template that marks the assistant's turns, which the default model "

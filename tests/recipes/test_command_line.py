@@ -75,7 +75,10 @@ def test_help_is_short_and_begins_with_ours(command_line, capsys, recipe, own):
     [
         ('{"prompt": "a", "completion": }', "line 3, column 31: not JSON (Expecting value)"),
         ('["a"]', "line 3: needs `prompt` and `completion`, or `messages`, got list"),
-        ('{"prompt": "a", "answer": "b"}', "line 3: needs `prompt` and `completion`, or `messages`, got ['prompt', 'answ"),
+        (
+            '{"prompt": "a", "answer": "b"}',
+            "line 3: needs `prompt` and `completion`, or `messages`, got ['prompt', 'answ",
+        ),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 3: has messages, unlike the lines before"),
     ],
 )
