@@ -8,7 +8,7 @@ RECIPES := $(VENV)/.recipes
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo notebook test test-all peft-tests quality style docs clean
+.PHONY: help venv demo notebook test test-all peft-tests quality style docs docs-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ style: $(INSTALLED)  ## format, and fix what lint can fix
 
 docs: $(INSTALLED)  ## the documentation as a site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-check: docs  ## look at the site in headless Chromium; pictures go to build/look (first: playwright install chromium)
+	$(BIN)/python .ci/look.py site build/look
 
 clean:  ## remove .venv, caches and built files
 	rm -rf $(VENV) build dist site outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Quickstart
 #
-# The life of an adapter, in a minute on a CPU: train it, look at its routes, save and load it, and make a plain LoRA or
-# a merged model of it. The base model is a tiny Llama that is made here, so nothing comes from the Hub.
+# The life of an adapter, in a minute on a CPU: train it, look at its routes, save and load it, and make a plain LoRA
+# or a merged model of it. The base model is a tiny Llama that is made here, so nothing comes from the Hub.
 
 # %%
 import torch
@@ -72,8 +72,8 @@ with torch.no_grad():
     print("same logits after loading:", torch.equal(loaded(input_ids=ids).logits, logits))
 
 # %% [markdown]
-# **Export and merge.** With its routes fixed, here at their mean for counting down, the adapter is a plain LoRA: it loads
-# without this library, and merges. What it loses is the routing.
+# **Export and merge.** With its routes fixed, here at their mean for counting down, the adapter is a plain LoRA: it
+# loads without this library, and merges. What it loses is the routing.
 
 # %%
 routes = mean_routes(traces["down"])

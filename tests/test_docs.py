@@ -101,6 +101,8 @@ def blocks(page: str, language: str) -> list[re.Match]:
         "docs/adapters.md",
         "docs/routes.md",
         "docs/serving.md",
+        "docs/index.md",
+        "docs/tuning.md",
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:trl")
@@ -274,3 +276,10 @@ def test_reference_has_every_field():
         if field.name not in inherited:
             (row,) = [row for row in rows if row[0] == f"| `{field.name}`"]
             assert row[-2:] == [f"`{field.default!r}`", field.metadata["help"] + " |"]
+
+
+# Pictures
+
+
+def test_no_picture_is_large():
+    assert [path.name for path in (ROOT / "docs").rglob("*.svg") if path.stat().st_size > 200_000] == []

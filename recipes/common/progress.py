@@ -31,7 +31,8 @@ class Progress:
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if last is not None and self.asked is None and not self.is_same_command:
             raise SystemExit(
-                f"{last} is of another run. Pass --resume_from_checkpoint true to go on from it, or another --output_dir."
+                f"{last} is of another run. Pass --resume_from_checkpoint true to go on from it, or another "
+                "--output_dir."
             )
         self.write()
         return last if self.asked in (None, "true") else self.asked
