@@ -17,7 +17,7 @@ from playwright.sync_api import Page, sync_playwright
 WIDTHS = (1280, 400)
 SCHEMES = {"light": "default", "dark": "slate"}  # the palettes of mkdocs.yml
 LARGEST_PICTURE = 200_000  # bytes
-OPTIONS = ["--no-sandbox", "--disable-gpu", "--single-process", "--no-zygote"]  # for machines without a display
+OPTIONS = ["--no-sandbox"]  # which a container lacks
 
 FAULTS = """width => {
     const found = [], root = document.documentElement
@@ -58,7 +58,7 @@ def faults(page: Page, address: str, width: int, colours: str, shot: Path) -> li
         "request", lambda request: found.append(f"from elsewhere: {request.url}") if is_foreign(request.url) else None
     )
     page.goto(address, wait_until="load")
-    page.wait_for_function("scheme => document.body.dataset.mdColorScheme === scheme", arg=SCHEMES[colours])
+    page.wait_for_selector(f"body[data-md-color-scheme={SCHEMES[colours]}]", state="attached")
     page.evaluate("() => window.MathJax?.startup?.promise")
     found += page.evaluate(FAULTS, width)
     page.screenshot(path=str(shot), full_page=False)
@@ -82,6 +82,7 @@ def main(site: Path, shots: Path) -> None:
         for colours in ("light", "dark"):
             for width in WIDTHS:
                 context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colours)
+                context.add_init_script("localStorage.clear()")  # a palette that an earlier view has stored
                 for path in sorted(site.rglob("index.html")):
                     name = path.parent.relative_to(site).as_posix().replace("/", "-").replace(".", "home", 1)
                     page = context.new_page()
