@@ -313,7 +313,7 @@ def test_factors_are_called(method):
 
 
 @pytest.mark.parametrize(
-    "name, guess", [("v_porj", r" \(v_proj\?\)"), ("w", ""), ("self_attn.v_porj", r" \(self_attn\?\)")]
+    "name, guess", [("v_porj", r" \(v_proj\?\)"), ("w", ""), ("self_attn.v_porj", r" \(v_proj\?\)")]
 )
 def test_a_name_that_no_module_has(name, guess):
     """PEFT, and plain LoRA with it, adapts the others and says nothing."""
