@@ -31,6 +31,7 @@ PACKAGE = ROOT / "peft_queryable"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 WRITERS = {
     "card.py",
+    "version.py",
     "__main__.py",
     "checking.py",
     "runs.py",
