@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig
 
+from .version import INSTALL
+
 # By PEFT task type: transformers' class, and the pipeline tag where the Hub has one that is certain.
 _TASKS = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
@@ -114,7 +116,7 @@ layers from the input. With its routes fixed the adapter is a plain LoRA: `pytho
 ## Use
 
 ```bash
-pip install peft_queryable
+{INSTALL}
 ```
 
 ```python

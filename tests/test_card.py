@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_queryable import QueryableLoraConfig, __version__, model_card
+from peft_queryable.version import INSTALL
 
 TEMPLATE_LINE = "[More Information Needed]"
 
@@ -38,7 +39,7 @@ def test_saving_leaves_a_true_card(tmp_path):
         "pipeline_tag": "text-generation",
         "tags": ["base_model:adapter:user/base", "peft", "queryable-lora", "transformers"],
     }
-    for text in ("`B (I + g S) A`", "https://arxiv.org/abs/2605.08423", "pip install peft_queryable", "- PEFT 0."):
+    for text in ("`B (I + g S) A`", "https://arxiv.org/abs/2605.08423", INSTALL, "- PEFT 0."):
         assert text in card.text
     assert TEMPLATE_LINE not in card.text
     assert "- `num_blocks`: 2\n" in card.text

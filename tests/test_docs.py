@@ -31,6 +31,7 @@ PACKAGE = ROOT / "peft_queryable"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 WRITERS = {
     "card.py",
+    "version.py",
     "__main__.py",
     "checking.py",
     "runs.py",
@@ -101,6 +102,8 @@ def blocks(page: str, language: str) -> list[re.Match]:
         "docs/adapters.md",
         "docs/routes.md",
         "docs/serving.md",
+        "docs/index.md",
+        "docs/tuning.md",
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:trl")
@@ -274,3 +277,10 @@ def test_reference_has_every_field():
         if field.name not in inherited:
             (row,) = [row for row in rows if row[0] == f"| `{field.name}`"]
             assert row[-2:] == [f"`{field.default!r}`", field.metadata["help"] + " |"]
+
+
+# Pictures
+
+
+def test_no_picture_is_large():
+    assert [path.name for path in (ROOT / "docs").rglob("*.svg") if path.stat().st_size > 200_000] == []

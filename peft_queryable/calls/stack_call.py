@@ -95,7 +95,7 @@ class StackCall:
         """Nothing tells the prompt: in training the answer would route itself."""
         message = (
             f"Adapter {adapter_name!r} has the routing scope 'prompt', but nothing in the call tells the prompt: "
-            "neither `labels` nor `prompt_mask`"
+            "neither integer `labels` [batch, tokens] nor `prompt_mask`"
         )
         if self.is_training:
             raise ValueError(

@@ -27,7 +27,7 @@ from .layout import Layout, Stacks, remove_hooks
 from .merging import MergingTuner
 from .offload import onload
 from .saving import ROUTER, check_tensors, without_idle_depth
-from .targets import check_target, report_left_out, warn_experts
+from .targets import check_target, report_left_out, warn_experts, warn_unknown_names
 
 BASE = "__base__"  # PEFT's name, in `adapter_names`, of no adapter
 
@@ -75,6 +75,7 @@ class QueryableLoraModel(MergingTuner):
         self._infer_instruction_dim(self.peft_config[adapter_name])
         config = self.peft_config[adapter_name]
         self.left_out: dict[str, str] | None = {} if config.target_modules == "all-linear" else None
+        asked = config.target_modules  # before PEFT fills in its defaults
         trainable = {name: router.keys.weight.requires_grad for name, router in self.queryable_lora_router.items()}
         try:
             super().inject_adapter(
@@ -89,6 +90,7 @@ class QueryableLoraModel(MergingTuner):
                 layer.delete_adapter(adapter_name)
             raise
         layers = self._layers(adapter_name)
+        warn_unknown_names(model, asked)
         report_left_out(config, self.left_out or {}, is_any_adapted=bool(layers))
         layout = Layout.of(model, list(layers), config.num_blocks)
         # PEFT gives the empty layers of a new EVA adapter their weights when it has seen data, but knows of no bank.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from difflib import get_close_matches
 from typing import Any
 
 from accelerate.utils import has_offloaded_params
@@ -88,6 +89,24 @@ def report_left_out(config: QueryableLoraConfig, left_out: dict[str, str], is_an
         f"`target_modules='all-linear'` leaves out {len(left_out)} modules it cannot adapt: {'; '.join(lines)}.",
         stacklevel=2,
     )
+
+
+def warn_unknown_names(model: nn.Module, target_modules: Any) -> None:
+    """Warn of names in `target_modules` that no module has: PEFT adapts the rest in silence."""
+    if not isinstance(target_modules, list | tuple | set):
+        return
+    names = [name for name, _ in model.named_modules()]
+    last_parts = {name.rpartition(".")[-1] for name in names}
+    for asked in sorted(target_modules):
+        if not any(f".{name}".endswith(f".{asked}") for name in names):
+            guesses = "".join(
+                f" ({close}?)" for close in get_close_matches(asked.rpartition(".")[-1], last_parts, n=1)
+            )
+            warnings.warn(
+                f"The model has no module called {asked!r}{guesses}, which `target_modules` "
+                "names: only the others are adapted.",
+                stacklevel=2,
+            )
 
 
 def warn_experts(model: nn.Module) -> None:

@@ -13,18 +13,20 @@ A queryable adapter loads as a plain LoRA does, once peft_queryable is imported.
 
 import json
 import re
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import load_dataset
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser, apply_chat_template, get_quantization_config, is_conversational
+from trl import ModelConfig, apply_chat_template, get_quantization_config, is_conversational
 
 import peft_queryable  # noqa: F401  registers the method with PEFT
+from recipes.common.arguments import RecipeParser
+from recipes.common.files import read_lines
 
 
 @dataclass
@@ -38,23 +40,18 @@ class ScoreArguments:
 
 
 @dataclass
-class HeldOutArguments(ScoreArguments):
-    test_file: str | None = field(
-        default=None, metadata={"help": "JSON lines in TRL's prompt/completion or messages form."}
-    )
-
-
-@dataclass
-class EvaluationArguments(HeldOutArguments):
+class EvaluationArguments(ScoreArguments):
+    test_file: str = field(kw_only=True, metadata={"help": "JSON lines in TRL's prompt/completion or messages form."})
     adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id; without it, the base model."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the numbers."})
 
 
 def main(args, model_args):
+    examples = read_lines(args.test_file)
     model, tokenizer = load(args.adapter, model_args)
-    examples = load_dataset("json", data_files=args.test_file)["train"]
     results = score(model, tokenizer, examples, args)
-    print(f"{args.adapter or 'the base model'}: {results}")
+    numbers = "held-out loss {held_out_loss:.3f}, exact match {exact_match:.1%}".format_map(results)
+    print(f"{args.adapter or 'the base model'}: {numbers}")
     if args.output_file is not None:
         Path(args.output_file).write_text(json.dumps(results))
 
@@ -133,4 +130,5 @@ def answer(text: str, pattern: str | None) -> str:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((EvaluationArguments, ModelConfig)).parse_args_and_config())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the program that started this one says what Ctrl-C has left
+    main(*RecipeParser("recipes.common.evaluate", (EvaluationArguments, ModelConfig)).parse({}))

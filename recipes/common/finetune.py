@@ -1,8 +1,11 @@
 """One fine-tuning run through TRL, and what it measured."""
 
 import copy
+import shutil
+import signal
 import statistics
 import time
+from pathlib import Path
 
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_quantization_config
@@ -33,21 +36,29 @@ def make_trainer(folder, config, train_dataset, training_args, model_args) -> SF
     )
 
 
-def finetune(trainer: SFTTrainer) -> dict:
-    """Train, save the adapter, and return the run's numbers."""
-    timer = StepTimer()
+def finetune(trainer: SFTTrainer, checkpoint: str | None = None) -> dict:
+    """Train, from `checkpoint` if there is one, save the adapter, and return the run's numbers."""
+    timer, interruption = StepTimer(), Interruption()
     trainer.add_callback(timer)
+    trainer.add_callback(interruption)
     if isinstance(trainer.model.active_peft_config, QueryableLoraConfig):
         trainer.add_callback(RoutingCallback(every=COUNTED_EVERY))
-    trainer.train()
+    with interruption:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if interruption.is_asked:
+        raise KeyboardInterrupt
     trainer.save_model()
     if "wandb" in trainer.args.report_to:  # the Trainer leaves its run open, and the next run would go on in it
         import wandb
 
         wandb.finish()
+    if trainer.args.save_strategy == "no":  # nobody asked for the checkpoint of an interruption
+        for folder in Path(trainer.args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(folder)
+    timed = timer.seconds[WARM_UP_STEPS:] or timer.seconds  # none where the checkpoint is of the last step
     return {
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
-        "seconds_per_step": statistics.median(timer.seconds[WARM_UP_STEPS:] or timer.seconds),
+        "seconds_per_step": statistics.median(timed) if timed else None,
         "losses": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         "routes": [entry for entry in trainer.state.log_history if "routing/entropy" in entry],
     }
@@ -64,3 +75,24 @@ class StepTimer(TrainerCallback):
 
     def on_step_end(self, *args, **kwargs):
         self.seconds.append(time.perf_counter() - self.start)
+
+
+class Interruption(TrainerCallback):
+    """The first Ctrl-C saves a checkpoint after the running step and ends training, a second one ends it at once."""
+
+    def __init__(self):
+        self.is_asked = False
+
+    def __enter__(self):
+        self.handler = signal.signal(signal.SIGINT, self.ask)
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, self.handler)
+
+    def ask(self, *args):
+        signal.signal(signal.SIGINT, self.handler)
+        self.is_asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.is_asked:
+            control.should_save = control.should_training_stop = True

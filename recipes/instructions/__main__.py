@@ -28,11 +28,12 @@ import numpy as np
 from trl import ModelConfig, SFTConfig
 
 from peft_queryable import InstructionCollator, record_routing, use_instructions
-from recipes.common.arguments import DEFAULTS, QueryableArguments, adapter_configs, like, parse_recipe
+from recipes.common.arguments import DEFAULTS, QueryableArguments, RecipeParser, adapter_configs, like, parse_recipe
 from recipes.common.evaluate import ScoreArguments, load, score
 from recipes.common.finetune import finetune, make_trainer
+from recipes.common.progress import Progress
 from recipes.common.smollm2 import smollm2_folder
-from recipes.instructions.data import instruction_data, instructions_by_kind
+from recipes.instructions.data import TASKS, instruction_data, instructions_by_kind
 from recipes.instructions.results import plot_routes, table
 
 
@@ -63,28 +64,32 @@ OWN_DEFAULTS = DEFAULTS | {
 }
 
 
-def main(data_args, score_args, training_args, model_args, queryable_args):
+def main(data_args, score_args, queryable_args, model_args, training_args):
     output = Path(training_args.output_dir)
-    if model_args.model_name_or_path is None:
-        model_args.model_name_or_path = str(smollm2_folder())
-    train, test = instruction_data(data_args.train_size, data_args.test_size, data_args.instruction_in_prompt)
+    groups = data_args, score_args, queryable_args, model_args, training_args
+    with Progress(output, groups) as progress:
+        checkpoint = progress.checkpoint(output)
+        train, test = instruction_data(data_args.train_size, data_args.test_size, data_args.instruction_in_prompt)
+        if model_args.model_name_or_path is None:
+            model_args.model_name_or_path = str(smollm2_folder())
 
-    config = adapter_configs(model_args, queryable_args)["queryable"]
-    trainer = make_trainer(output, config, train, training_args, model_args)
-    encoder = trainer.model.base_model.instruction_encoder("default")
-    trainer.data_collator = InstructionCollator(trainer.data_collator, encoder)
-    results = {"training": finetune(trainer), "held_out": {}}
+        config = adapter_configs(model_args, queryable_args)["queryable"]
+        trainer = make_trainer(output, config, train, training_args, model_args)
+        encoder = trainer.model.base_model.instruction_encoder("default")
+        trainer.data_collator = InstructionCollator(trainer.data_collator, encoder)
+        if "training" not in progress.results:
+            progress.add("training", finetune(trainer, checkpoint))
 
-    model, tokenizer = load(output, model_args)
-    for kind, by_task in instructions_by_kind(encoder).items():
-        results["held_out"][kind] = {
-            task: measure(model, tokenizer, test.filter(lambda row, task=task: row["task"] == task), given, score_args)
-            for task, given in by_task.items()
+        tests = {task: test.filter(lambda row, task=task: row["task"] == task) for task in TASKS}
+        model, tokenizer = load(output, model_args)
+        held_out = {
+            kind: {task: measure(model, tokenizer, tests[task], given, score_args) for task, given in by_task.items()}
+            for kind, by_task in instructions_by_kind(encoder).items()
         }
-    (output / "results.json").write_text(json.dumps(results, indent=2))
-    (output / "results.md").write_text(table(results["held_out"]) + "\n")
-    plot_routes(results["held_out"], output / "routes.svg")
-    print(table(results["held_out"]))
+        (output / "results.json").write_text(json.dumps(progress.results | {"held_out": held_out}, indent=2))
+        (output / "results.md").write_text(table(held_out) + "\n")
+        plot_routes(held_out, output / "routes.svg")
+        print(table(held_out))
 
 
 def measure(model, tokenizer, examples, given: list, score_args) -> dict:
@@ -105,7 +110,8 @@ def score_under(model, tokenizer, examples, instruction, score_args) -> dict:
 
 
 def parse():
-    return parse_recipe((DataArguments, ScoreArguments, SFTConfig, ModelConfig, InstructedArguments), OWN_DEFAULTS)
+    groups = DataArguments, ScoreArguments, InstructedArguments, ModelConfig, SFTConfig
+    return parse_recipe(RecipeParser("recipes.instructions", groups), OWN_DEFAULTS)
 
 
 if __name__ == "__main__":

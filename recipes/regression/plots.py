@@ -20,6 +20,8 @@ NAMES = {
     "instruction": "ours, instruction",
 }
 
+POINTS = 30  # of a curve; more are not to be told apart in a panel, and make the picture large
+
 
 def plot_curves(results: dict, path: Path) -> None:
     """Training error over epochs, as geometric means over the seeds: one panel per function, one line per method."""
@@ -28,7 +30,9 @@ def plot_curves(results: dict, path: Path) -> None:
     for function, axes in zip(functions, grid.flat, strict=False):
         for place, (method, by_function) in enumerate(results.items()):
             if runs := list(by_function.get(function, {}).values()):
-                curves = np.array([run["curve"] for run in runs])  # [seeds, points, 3]
+                curves = np.array(
+                    [run["curve"][:: -(-len(run["curve"]) // POINTS)] for run in runs]
+                )  # [seeds, points, 3]
                 logs = np.log10(curves[..., 1])
                 axes.plot(curves[0, :, 0], 10 ** logs.mean(0), label=NAMES[method], color=f"C{place}", linewidth=1)
                 axes.fill_between(

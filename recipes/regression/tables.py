@@ -36,7 +36,8 @@ def read(path: Path) -> Results:
 
 
 def error_table(results: Results, setting: str, kind: str) -> str:
-    """Mean errors with standard deviations and the paper's figures; the best adapter is in bold."""
+    """Mean errors with standard deviations and the paper's figures, ours first; the best adapter is in bold."""
+    results = {method: results[method] for method in dict.fromkeys((*OURS, "lora", *results)) if method in results}
     figures = FIGURES.get((setting, kind), {})
     rows = []
     for function in FUNCTIONS:

@@ -16,6 +16,9 @@ python -m recipes.sft \
 # Settings from a file
 python -m recipes.sft --config recipes/sft/paper.yaml
 
+# After Ctrl-C, or with checkpoints (--save_strategy steps) after any other end, the same command goes on from there
+python -m recipes.sft --save_strategy steps --save_steps 50
+
 The difference from fine-tuning with plain LoRA is `QueryableLoraConfig` in place of `LoraConfig`
 (`adapter_configs` in recipes/common/arguments.py makes both). At the end, the folder of each method holds its adapter
 and the file evaluate.yaml, with which recipes.common.evaluate repeats the evaluation.
@@ -31,18 +34,28 @@ import yaml
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from recipes.common.arguments import DEFAULTS, QueryableArguments, adapter_configs, parse_recipe
-from recipes.common.evaluate import HeldOutArguments
+from recipes.common.arguments import DEFAULTS, QueryableArguments, RecipeParser, adapter_configs, parse_recipe
+from recipes.common.evaluate import ScoreArguments
+from recipes.common.files import hold_out, read_lines
 from recipes.common.finetune import finetune, make_trainer
+from recipes.common.progress import Progress
 from recipes.common.smollm2 import smollm2_folder
 from recipes.sft.data import reasoning_data
 from recipes.sft.results import plot_curves, plot_routes, table
 
 
 @dataclass
+class HeldOutArguments(ScoreArguments):
+    test_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON lines in the same form; without it, a tenth of --train_file is held out."},
+    )
+
+
+@dataclass
 class SftArguments(ScriptArguments):
     train_file: str | None = field(
-        default=None, metadata={"help": "JSON lines in TRL's prompt/completion or messages form; needs --test_file."}
+        default=None, metadata={"help": "JSON lines in TRL's prompt/completion or messages form."}
     )
     methods: list[str] = field(
         default_factory=lambda: ["lora", "queryable"],
@@ -50,40 +63,44 @@ class SftArguments(ScriptArguments):
     )
 
 
-def main(script_args, test_args, training_args, model_args, queryable_args):
+def main(script_args, test_args, queryable_args, model_args, training_args):
     output = Path(training_args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    if model_args.model_name_or_path is None:
-        model_args.model_name_or_path = str(smollm2_folder())
-    train_dataset, test_dataset = load_data(script_args, test_args)
-    test_args.test_file = str(output / "test.jsonl")
-    test_dataset.to_json(test_args.test_file)
+    groups = script_args, test_args, queryable_args, model_args, training_args
+    with Progress(output, groups) as progress:
+        checkpoints = {method: progress.checkpoint(output / method) for method in script_args.methods}
+        train_dataset, test_dataset = load_data(script_args, test_args)
+        test_args.test_file = str(output / "test.jsonl")
+        test_dataset.to_json(test_args.test_file)
+        if model_args.model_name_or_path is None:
+            model_args.model_name_or_path = str(smollm2_folder())
 
-    results = {"base": evaluate(output / "base", None, test_args, model_args)}
-    configs = adapter_configs(model_args, queryable_args)
-    for method in script_args.methods:
-        folder = output / method
-        trained = finetune(make_trainer(folder, configs[method], train_dataset, training_args, model_args))
-        results[method] = trained | evaluate(folder, folder, test_args, model_args)
+        results, configs = progress.results, adapter_configs(model_args, queryable_args)
+        if "base" not in results:
+            progress.add("base", evaluate(output / "base", None, test_args, model_args))
+        for method in script_args.methods:
+            folder = output / method
+            if method not in results:
+                trainer = make_trainer(folder, configs[method], train_dataset, training_args, model_args)
+                progress.add(method, finetune(trainer, checkpoints[method]))
+            if "held_out_loss" not in results[method]:
+                progress.add(method, evaluate(folder, folder, test_args, model_args))
 
-    (output / "results.json").write_text(json.dumps(results, indent=2))
-    plot_curves(results, output / "curves.png")
-    plot_routes(results, output / "routes.svg")
-    print(table(results))
+        (output / "results.json").write_text(json.dumps(results, indent=2))
+        plot_curves(results, output / "curves.png")
+        plot_routes(results, output / "routes.svg")
+        print(table(results))
 
 
 def load_data(script_args, test_args):
     """Training and held-out examples in TRL's prompt/completion or messages form."""
     if script_args.dataset_name is not None:
         source = {"path": script_args.dataset_name, "name": script_args.dataset_config}
-        splits = script_args.dataset_train_split, script_args.dataset_test_split
-    elif script_args.train_file is not None:
-        source = {"path": "json", "data_files": {"train": script_args.train_file, "test": test_args.test_file}}
-        splits = "train", "test"
-    else:
+        train = load_dataset(**source, split=script_args.dataset_train_split, streaming=script_args.dataset_streaming)
+        return train, load_dataset(**source, split=script_args.dataset_test_split)
+    if script_args.train_file is None:
         return reasoning_data()
-    train = load_dataset(**source, split=splits[0], streaming=script_args.dataset_streaming)
-    return train, load_dataset(**source, split=splits[1])
+    train = read_lines(script_args.train_file)
+    return hold_out(train) if test_args.test_file is None else (train, read_lines(test_args.test_file))
 
 
 def evaluate(folder, adapter, test_args, model_args):
@@ -99,7 +116,26 @@ def evaluate(folder, adapter, test_args, model_args):
 
 
 def parse():
-    return parse_recipe((SftArguments, HeldOutArguments, SFTConfig, ModelConfig, QueryableArguments), DEFAULTS)
+    parser = RecipeParser("recipes.sft", (SftArguments, HeldOutArguments, QueryableArguments, ModelConfig, SFTConfig))
+    arguments = script_args, test_args, _, model_args, training_args = parse_recipe(parser, DEFAULTS)
+    for name, file in (("train_file", script_args.train_file), ("test_file", test_args.test_file)):
+        if file is not None and not Path(file).is_file():
+            parser.error(f"--{name}: there is no file {file}")
+    if script_args.train_file is not None and script_args.dataset_name is not None:
+        parser.error("--train_file and --dataset_name both name the training data: pass one of them")
+    if script_args.train_file is None and test_args.test_file is not None:
+        parser.error("--test_file needs --train_file; of a data set, --dataset_test_split is held out")
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint not in (None, "true") and len(script_args.methods) > 1:
+        parser.error(
+            "--resume_from_checkpoint with a folder goes on with one method: pass --methods queryable, or lora"
+        )
+    if training_args.assistant_only_loss and model_args.model_name_or_path is None:
+        parser.error(
+            "--assistant_only_loss needs a chat template that marks the assistant's turns, which the default model "
+            "lacks. Leave it out, and write the data as prompt and completion: then only the completion is trained"
+        )
+    return arguments
 
 
 if __name__ == "__main__":

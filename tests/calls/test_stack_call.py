@@ -83,7 +83,8 @@ def test_training_without_a_prompt_is_refused():
     """In training nothing may be taken for the prompt: the answer would route itself."""
     model, ids = in_scope_prompt().train(), token_ids()
     with pytest.raises(
-        ValueError, match=r"routing scope 'prompt', .* neither `labels` nor `prompt_mask`, so the answer"
+        ValueError,
+        match=r"scope 'prompt', .* neither integer `labels` \[batch, tokens\] nor `prompt_mask`, so the answer",
     ):
         model(input_ids=ids)
     model(input_ids=ids, prompt_mask=torch.ones_like(ids))

@@ -105,7 +105,7 @@ def test_tensorboard_has_the_routes(model_folder, data_folder, tmp_path):
 
 def test_both_methods_see_the_same_batches(command_line, model_folder, data_folder, tmp_path):
     command_line(*sft_arguments(model_folder, data_folder, tmp_path), "--learning_rate", 0, "--max_steps", 5)
-    script_args, test_args, training_args, model_args, queryable_args = recipe.parse()
+    script_args, test_args, queryable_args, model_args, training_args = recipe.parse()
     train_dataset, _ = recipe.load_data(script_args, test_args)
     configs = recipe.adapter_configs(model_args, queryable_args)
     losses = {}
@@ -120,7 +120,7 @@ def test_both_methods_see_the_same_batches(command_line, model_folder, data_fold
 def test_a_config_file_sets_all_kinds_of_arguments(command_line):
     file = ROOT / "recipes/sft/paper.yaml"
     command_line("--config", file, "--lora_r", 3, "--bf16", "false")
-    script_args, test_args, training_args, model_args, queryable_args = recipe.parse()
+    script_args, test_args, queryable_args, model_args, training_args = recipe.parse()
     settings = yaml.safe_load(file.read_text()) | {"lora_r": 3, "bf16": False}
     parsed = {}
     for group in (script_args, test_args, training_args, model_args, queryable_args):

@@ -12,6 +12,8 @@ from helpers.tiny import tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from peft_queryable import QueryableLoraConfig
+
 
 class Experts(nn.Module):
     """Two experts behind a list, as older mixture models have them."""
@@ -308,3 +310,20 @@ def test_factors_are_called(method):
         torch.nn.utils.prune.remove(layer.lora_B["default"], "weight")
     assert torch.equal(outputs(model, inputs), pruned)
     assert not torch.equal(pruned, plain)
+
+
+@pytest.mark.parametrize(
+    "name, guess", [("v_porj", r" \(v_proj\?\)"), ("w", ""), ("self_attn.v_porj", r" \(v_proj\?\)")]
+)
+def test_a_name_that_no_module_has(name, guess):
+    """PEFT, and plain LoRA with it, adapts the others and says nothing."""
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj", name]))
+    with pytest.warns(UserWarning, match=rf"no module called '{name}'{guess}, which `target_modules` names: only"):
+        adapted(llama(), target_modules=["q_proj", name])
+
+
+def test_names_that_fit_are_not_warned_of():
+    """A whole name, the end of one, one that is excluded, and those that PEFT fills in for a kind of model."""
+    whole = "model.layers.0.self_attn.q_proj"
+    adapted(llama(), target_modules=[whole, "mlp.up_proj", "k_proj"], exclude_modules=["k_proj"])
+    get_peft_model(llama(), QueryableLoraConfig())
