@@ -75,6 +75,12 @@ class StackCall:
             ValueError: if they cannot be known from the call's arguments, or if its scope needs a prompt and nothing
                 tells it in training.
         """
+        for name, ndim in (("input_ids", 2), ("inputs_embeds", 3)):
+            if self.inputs is self.arguments.get(name) and self.inputs.ndim < ndim:
+                raise ValueError(
+                    f"`{name}` {list(self.inputs.shape)} of {self.stack} has no batch dimension, so its tokens would "
+                    f"be rows. Pass `{name}.unsqueeze(0)`."
+                )
         outer = self.model_call if self.takes_labels else ModelCall()
         tokens = read_tokens(
             self.inputs,
