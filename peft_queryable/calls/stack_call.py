@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..method.router import Router
 from ..method.scope import Tokens
 from .cache import cached_length, find_cache
 from .model_call import ModelCall
@@ -95,6 +97,8 @@ class StackCall:
         )
         if self.takes_labels and plan.scope.needs_prompt and tokens.prompt is None and not outer.is_generating:
             self._miss_prompt(plan.adapter_name)
+        if self.takes_labels and plan.scope.needs_prompt and self.is_training and tokens.prompt is not None:
+            _check_prompt(plan, tokens.prompt if tokens.real is None else tokens.prompt & tokens.real)
         return tokens
 
     def _miss_prompt(self, adapter_name: str) -> None:
@@ -172,6 +176,23 @@ class StackCall:
     def instruction(self, plan: Plan) -> Tensor | None:
         """The embeddings that an adapter follows, [B, d_c] or [1, d_c]; None for its default."""
         return self.model_call.instruction(plan, self.batch)
+
+
+_seen: weakref.WeakSet[Router] = weakref.WeakSet()  # whose first prompts in training have been looked at
+
+
+def _check_prompt(plan: Plan, prompt: Tensor) -> None:
+    """Warn if the first training call of an adapter has no token in any prompt, [B, T]; waits once for the device."""
+    if torch.compiler.is_compiling() or plan.router in _seen or not prompt.numel():
+        return
+    _seen.add(plan.router)
+    if not prompt.any():
+        warnings.warn(
+            f"Adapter {plan.adapter_name!r} has the routing scope 'prompt', but every token of its first training call "
+            "is supervised, so there is no prompt, and routes are the same for all inputs. Set the `labels` of prompts "
+            "to -100 (in TRL `completion_only_loss=True`), or use `routing_scope='causal'`.",
+            stacklevel=2,
+        )
 
 
 def leading_tensor(arguments: dict[str, Any]) -> Tensor:

@@ -27,7 +27,7 @@ from .layout import Layout, Stacks, remove_hooks
 from .merging import MergingTuner
 from .offload import onload
 from .saving import ROUTER, check_tensors, without_idle_depth
-from .targets import check_target, report_left_out, warn_experts
+from .targets import check_target, report_left_out, warn_choice, warn_experts
 
 BASE = "__base__"  # PEFT's name, in `adapter_names`, of no adapter
 
@@ -104,6 +104,7 @@ class QueryableLoraModel(MergingTuner):
             self.queryable_lora_router[name].requires_grad_(requires_grad)
         if trainable[adapter_name]:
             warn_experts(model)
+            warn_choice(config, adapter_name)
 
     def _infer_instruction_dim(self, config: QueryableLoraConfig) -> None:
         name = config.instruction_encoder

@@ -106,6 +106,18 @@ def warn_experts(model: nn.Module) -> None:
         )
 
 
+def warn_choice(config: QueryableLoraConfig, adapter_name: str) -> None:
+    """Warn of routes that are one atom whatever the router says of its weight, so that it cannot learn."""
+    if 1 in (config.num_atoms, config.top_k):
+        field = "num_atoms" if config.num_atoms == 1 else "top_k"
+        warnings.warn(
+            f"With `{field}=1` a route of adapter {adapter_name!r} is one atom with weight 1, so the router gets no "
+            "gradient and stays as it was initialised. To train it, pass `top_k=2` or more, or None, and as many "
+            "`num_atoms`.",
+            stacklevel=2,
+        )
+
+
 def _some(names: list[str]) -> str:
     return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
