@@ -188,9 +188,9 @@ def _check_prompt(plan: Plan, prompt: Tensor) -> None:
     _seen.add(plan.router)
     if not prompt.any():
         warnings.warn(
-            f"Adapter {plan.adapter_name!r} has the routing scope 'prompt', but every token of its first training call "
-            "is supervised, so there is no prompt, and routes are the same for all inputs. Set the `labels` of prompts "
-            "to -100 (in TRL `completion_only_loss=True`), or use `routing_scope='causal'`.",
+            f"Adapter {plan.adapter_name!r} has the routing scope 'prompt', but every token of its first training "
+            "call is supervised, so there is no prompt, and routes are the same for all inputs. Set the `labels` of "
+            "prompts to -100 (in TRL `completion_only_loss=True`), or use `routing_scope='causal'`.",
             stacklevel=2,
         )
 

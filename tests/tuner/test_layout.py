@@ -126,7 +126,7 @@ class Loose(nn.Module):
 
 
 def test_loose_modules():
-    """A loose module is a layer of the stack that holds it, else of its parent's or its own; entries of dicts apart."""
+    """A loose module is a layer of the stack that holds it, else of its parent's or its own; entries of dicts are."""
     names = ["body.project_in", "body.layers.0", "body.layers.1.0", "body.layers.1.1", "pooler.0", "head"]
     names += ["body.taps.a", "body.taps.b.0"]
     assert find_stacks(Loose(), names) == {

@@ -66,7 +66,9 @@ def test_every_tensor_learns(config):
     still = {name for name, p in trainable.items() if p.grad.abs().max() < 1e-9}
     if 1 in (config["num_atoms"], config["top_k"]):
         assert ["is one atom with weight 1" in str(warning.message) for warning in caught] == [True]
-        router = {f"base_model.queryable_lora_router.default.{name}" for name, _ in router_of(model).named_parameters()}
+        router = {
+            f"base_model.queryable_lora_router.default.{name}" for name, _ in router_of(model).named_parameters()
+        }
         assert still == {name for name in router & trainable.keys() if "atoms" not in name}
     else:
         assert not caught and still == set()
