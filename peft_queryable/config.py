@@ -254,6 +254,8 @@ class QueryableLoraConfig(LoraConfig):
             raise ValueError(
                 f"`top_k` must be between 1 and `num_atoms`={self.num_atoms}, or None for all atoms, got {self.top_k}."
             )
+        if self.router_dim == 1:
+            raise ValueError("`router_dim` must be at least 2, got 1: of one number RMSNorm leaves the sign alone.")
         for name in ("attention_temperature", "depth_temperature", "language_temperature", "init_router_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
@@ -271,3 +273,11 @@ class QueryableLoraConfig(LoraConfig):
             raise ValueError(f"`routing_scope` must be one of {ROUTING_SCOPES}, got {self.routing_scope!r}.")
         if unknown := [term for term in self.query_terms if term not in QUERY_TERMS]:
             raise ValueError(f"`query_terms` must be among {QUERY_TERMS}, got {unknown}.")
+        takes_instruction = self.instruction_dim is not None or self.instruction_encoder is not None
+        is_in_query = "instruction" in self.query_terms and self.instruction_query_weight > 0
+        if takes_instruction and not is_in_query and self.instruction_strength == 0:
+            raise ValueError(
+                "With `instruction_strength=0`, and no instruction in the query (`instruction_query_weight`, "
+                "`query_terms`), an instruction would change nothing. Pass `instruction_strength=1.0`, or "
+                "`instruction_dim=None` and `instruction_encoder=None`."
+            )

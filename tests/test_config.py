@@ -40,6 +40,7 @@ OUT_OF_RANGE = [
     *[(name, 2.5) for name in ("r", "num_atoms", "num_blocks", "router_dim", "top_k", "instruction_dim")],
     *[("top_k", value) for value in (0, -1, 17)],
     ("query_terms", "state"),
+    ("router_dim", 1),
     *[("instruction_dim", value) for value in (0, -1)],
     *[
         (name, value)
@@ -60,7 +61,7 @@ IN_RANGE = [
     {"num_atoms": 3, "top_k": 3},
     {"top_k": None},
     {"num_blocks": 1},
-    {"router_dim": 1},
+    {"router_dim": 2},
     {"instruction_dim": 1},
     {"instruction_strength": 0.0, "instruction_query_weight": 0.0},
     {"init_gate": 1e-6},

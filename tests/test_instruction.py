@@ -98,20 +98,14 @@ def test_no_instruction_is_plain(model):
     assert torch.equal(outputs(model, inputs), outputs(plain, inputs))
 
 
-def test_no_strength_is_no_instruction(encoder):
-    """With tau = lambda = 0 an instruction changes nothing (Prop. D.7a)."""
-    model = adapted(
-        llama(),
-        target_modules=["q_proj", "v_proj"],
-        instruction_dim=5,
-        instruction_strength=0.0,
-        instruction_query_weight=0.0,
-    )
-    randomise(model)
-    inputs = text()
-    assert torch.equal(
-        outputs(model, inputs | {"instruction_embeds": encoder([FIRST, SECOND])}), outputs(model, inputs)
-    )
+@pytest.mark.parametrize("silent", [{"instruction_query_weight": 0.0}, {"query_terms": ("state",)}], ids=str)
+@pytest.mark.parametrize("source", [{"instruction_dim": 5}, {"instruction_encoder": "backbone"}], ids=str)
+def test_an_instruction_that_says_nothing_is_refused(silent, source):
+    """With tau = lambda = 0 an instruction changes nothing (Prop. D.7a), so an adapter that takes one is refused."""
+    with pytest.raises(ValueError, match=r"an instruction would change nothing. Pass `instruction_strength=1.0`"):
+        QueryableLoraConfig(instruction_strength=0.0, **silent, **source)
+    QueryableLoraConfig(instruction_strength=1.0, **silent, **source)
+    QueryableLoraConfig(instruction_strength=0.0, **silent)
 
 
 def test_a_block_ends_with_an_error(model, encoder):

@@ -186,7 +186,7 @@ def test_padding_before_the_layers_is_known_or_refused():
     x, mask = torch.randn(2, 6, 8), torch.ones(2, 6)
     model(inputs_embeds=x, attention_mask=mask)
     mask[1, 4:] = 0
-    with pytest.raises(ValueError, match=r"projection runs before the layers, on 3 tokens .* mask .* is about 6"):
+    with pytest.raises(ValueError, match=r"projection sees 3 tokens per row that no stack .* mask .*, about 6, may"):
         model(inputs_embeds=x, attention_mask=mask)
 
 

@@ -95,6 +95,8 @@ class AdapterCall:
         if states.ndim == 3 and states.shape[0] == self.batch:
             return states
         check_layout(states, self.batch, self.tokens_per_row)
+        if states.shape[0] == self.batch:  # which may be 0, where torch infers no other size
+            return states.flatten(1, -2) if states.ndim > 2 else states.unsqueeze(1)
         return states.reshape(self.batch, -1, states.shape[-1])
 
     def route_for(self, block: int, layer: nn.Module) -> Route | None:
@@ -204,6 +206,11 @@ def check_layout(x: Tensor, batch: int, length: int | None) -> None:
     is_flat = length is not None and len(lead) == 1 and lead[0] == batch * length
     if lead and (lead[0] == batch or is_flat or (batch == 1 and length is None)):  # a single row owns all there is
         return
+    if not lead:
+        raise ValueError(
+            f"A module got one vector of features without a batch dimension, so whose it is, of the "
+            f"call's {batch} rows, is not known. Pass the model a batch: `x.unsqueeze(0)`."
+        )
     tokens = "" if length is None else f" and {length} tokens per row"
     raise ValueError(
         f"A module got activations of shape {[*lead, 'features']} in a call of batch size {batch}{tokens}, so they "

@@ -32,7 +32,7 @@ class ModelCall:
         routes: by adapter whose routes are fixed, their weights over the atoms, [1, blocks, M] or a set for each row.
         adapter_names: [B], the adapter of each row in a batch of several, "__base__" for rows without one; None for a
             batch of the active adapters.
-        attention_mask: [B, S], the outermost call's; None if it is of another kind.
+        arguments: the outermost call's, by name; empty outside of a call.
         ended: calls of stacks that have ended within this call, in order; None outside of a call.
         recorders: called with a [`RoutedCall`] for each adapter when a stack's call ends.
     """
@@ -44,7 +44,7 @@ class ModelCall:
     instructions: Mapping[str, Tensor] | None = None
     routes: Mapping[str, Tensor] = field(default_factory=dict)
     adapter_names: tuple[str, ...] | None = None
-    attention_mask: Tensor | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     ended: list[Any] | None = None
     recorders: tuple[Recorder, ...] = ()
 
@@ -171,7 +171,7 @@ class ModelHooks:
         kwargs = dict(kwargs)
         self.current.drop_ended()
         arguments = bind(self.parameters, args, kwargs)
-        labels, mask = arguments.get("labels"), arguments.get("attention_mask")
+        labels = arguments.get("labels")
         if self.is_encoder_decoder and labels is not None:
             labels = F.pad(labels, (1, -1), value=IGNORE_INDEX)  # there, a label is the next input token
         prompt_mask = kwargs.pop("prompt_mask", None)
@@ -192,7 +192,7 @@ class ModelHooks:
                 adapter_names=outer.adapter_names,
                 recorders=outer.recorders,
                 ended=[],
-                attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+                arguments=arguments,
             )
         )
         return args, kwargs

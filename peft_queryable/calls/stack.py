@@ -26,6 +26,7 @@ class Stack:
         owner: the module whose call runs the layers.
         reads_memory: whether its modules see an encoder's output, which they cross-attend to.
         is_loose: whether it stands outside every list of layers, and so may read the output of another stack.
+        holder: of an entry of an `nn.ModuleDict`, the stack whose call it runs in; None if there is none.
         is_denoiser: whether its owner is a denoiser, whose masks are about the text beside its own tokens.
         takes_labels: whether labels and prompts of the model call are about this stack's tokens.
         model_hooks: tells what the model call says.
@@ -38,13 +39,14 @@ class Stack:
         owner: nn.Module,
         reads_memory: bool,
         is_loose: bool,
+        holder: Stack | None,
         is_denoiser: bool,
         takes_labels: bool,
         model_hooks: ModelHooks,
         currents: list[Current],
     ) -> None:
         self.name, self.reads_memory, self.is_loose, self.takes_labels = name, reads_memory, is_loose, takes_labels
-        self.is_denoiser = is_denoiser
+        self.holder, self.is_denoiser = holder, is_denoiser
         self.model_hooks, self.currents = model_hooks, currents
         self.current = Current()
         currents.append(self.current)
@@ -114,7 +116,9 @@ class Stack:
         )
         stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
         if self.is_loose and routed:
-            stack_call = stack_call.reading()
+            running = None if self.holder is None else self.holder.current.call
+            held_by = running.stack_call if isinstance(running, RunningCall) else None
+            stack_call = stack_call.reading(held_by)
         call = RunningCall(stack_call, self.plans)
         self.current.open(call)
         for plan in plans:

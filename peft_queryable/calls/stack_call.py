@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..method.router import Router
 from ..method.scope import Tokens
-from .cache import find_cache
+from .cache import cached_length, find_cache
 from .model_call import ModelCall
 from .plan import Plan
 from .rows import Rows
@@ -75,6 +77,12 @@ class StackCall:
             ValueError: if they cannot be known from the call's arguments, or if its scope needs a prompt and nothing
                 tells it in training.
         """
+        for name, ndim in (("input_ids", 2), ("inputs_embeds", 3)):
+            if self.inputs is self.arguments.get(name) and self.inputs.ndim < ndim:
+                raise ValueError(
+                    f"`{name}` {list(self.inputs.shape)} of {self.stack} has no batch dimension, so its tokens would "
+                    f"be rows. Pass `{name}.unsqueeze(0)`."
+                )
         outer = self.model_call if self.takes_labels else ModelCall()
         tokens = read_tokens(
             self.inputs,
@@ -89,6 +97,8 @@ class StackCall:
         )
         if self.takes_labels and plan.scope.needs_prompt and tokens.prompt is None and not outer.is_generating:
             self._miss_prompt(plan.adapter_name)
+        if self.takes_labels and plan.scope.needs_prompt and self.is_training and tokens.prompt is not None:
+            _check_prompt(plan, tokens.prompt if tokens.real is None else tokens.prompt & tokens.real)
         return tokens
 
     def _miss_prompt(self, adapter_name: str) -> None:
@@ -106,39 +116,58 @@ class StackCall:
         if not torch.compiler.is_compiling():
             warnings.warn(f"{message}. All its tokens count as the prompt.", stacklevel=2)
 
-    def reading(self) -> StackCall:
+    def reading(self, held_by: StackCall | None) -> StackCall:
         """This call of a stack outside of all layers, with the tokens of the stack whose output it reads.
 
-        That is the last of the model call's stacks that has ended and had as many rows and tokens.
+        That is the call `held_by` that it runs in, if there is one, else the last of the model call's stacks that has
+        ended and had as many rows and tokens, else, before any has, the model call itself if it has as many.
 
         Raises:
-            ValueError: if it reads a part of the tokens of the stack that has just ended, or if it reads no stack and
-                the model call's mask hides tokens that are not this call's.
+            ValueError: if it reads a part of the tokens of the stack that has just ended, if it reads no stack and the
+                model call's mask hides tokens that may not be this call's, or if no model call tells of padding.
         """
-        ended, mask = self.model_call.ended or [], self.model_call.attention_mask
-        inputs = self.inputs
+        inputs, ended, outer = self.inputs, self.model_call.ended, self.model_call.arguments
         if not has_tokens(inputs):
             return self  # a vector per sequence, or none of the layouts that tell tokens
-        for source in reversed(ended):
-            if source.batch == self.batch and source.length == inputs.shape[1]:
+        if held_by is not None:
+            return replace(held_by, stack=self.stack)
+        exclude = f"`exclude_modules=r'{re.escape(self.stack)}.*'`"
+        if ended is None and self.length is None:
+            raise ValueError(
+                f"{self.stack} was called outside a call of the model, with an input {list(inputs.shape)}: which of "
+                f"its tokens are padding is not known. Call the model, or exclude it with {exclude}."
+            )
+        for source in reversed(ended or []):
+            if source.has_as_many(inputs):
                 return replace(source, stack=self.stack, is_checkpointing=self.is_checkpointing)
         if ended and ended[-1].takes_labels and ended[-1].batch == self.batch and ended[-1].length is not None:
             raise ValueError(
                 f"{self.stack} sees {inputs.shape[1]} tokens per row of the {ended[-1].length} that "
                 f"{ended[-1].stack} has just run, and which of them is not known (`logits_to_keep`, in generation). "
-                f"Exclude it with `exclude_modules=r'{re.escape(self.stack)}.*'`."
+                f"Exclude it with {exclude}."
             )
-        if ended or mask is None or "attention_mask" in self.arguments:
+        if "attention_mask" in self.arguments or not outer:
             return self
-        if mask.shape == inputs.shape[:2]:
-            return replace(self, arguments={**self.arguments, "attention_mask": mask})
-        if not torch.compiler.is_compiling() and not mask.all():
+        mask = outer.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        is_masks_size = mask is not None and mask.shape == inputs.shape[:2]
+        if not ended:
+            call = replace(self, arguments=outer, inputs=leading_tensor(outer), past=cached_length(find_cache(outer)))
+            if call.has_as_many(inputs):
+                return call
+            if is_masks_size:
+                return replace(self, arguments={**self.arguments, "attention_mask": mask})
+        if (is_masks_size or not ended) and mask is not None and not torch.compiler.is_compiling() and not mask.all():
             raise ValueError(
-                f"{self.stack} runs before the layers, on {inputs.shape[1]} tokens per row, and the attention mask of "
-                f"the model's call is about {mask.shape[1]}: which of its tokens are padding is not known. Exclude it "
-                f"with `exclude_modules=r'{re.escape(self.stack)}.*'`, or pass rows of one length."
+                f"{self.stack} sees {inputs.shape[1]} tokens per row that no stack before it has seen, and the "
+                f"attention mask of the model's call, about {mask.shape[1]}, may not be about them: which of them are "
+                f"padding is not known. Exclude it with {exclude}, or pass rows of one length."
             )
         return self
+
+    def has_as_many(self, inputs: Tensor) -> bool:
+        """Whether the call has as many rows and tokens as `inputs` [B, T, ...]."""
+        return self.batch == inputs.shape[0] and self.length == inputs.shape[1]
 
     def fixed_routes(self, plan: Plan) -> Tensor | None:
         """The weights of an adapter's fixed routes, [B or 1, blocks, M]; None if they are not fixed."""
@@ -147,6 +176,23 @@ class StackCall:
     def instruction(self, plan: Plan) -> Tensor | None:
         """The embeddings that an adapter follows, [B, d_c] or [1, d_c]; None for its default."""
         return self.model_call.instruction(plan, self.batch)
+
+
+_seen: weakref.WeakSet[Router] = weakref.WeakSet()  # whose first prompts in training have been looked at
+
+
+def _check_prompt(plan: Plan, prompt: Tensor) -> None:
+    """Warn if the first training call of an adapter has no token in any prompt, [B, T]; waits once for the device."""
+    if torch.compiler.is_compiling() or plan.router in _seen or not prompt.numel():
+        return
+    _seen.add(plan.router)
+    if not prompt.any():
+        warnings.warn(
+            f"Adapter {plan.adapter_name!r} has the routing scope 'prompt', but every token of its first training "
+            "call is supervised, so there is no prompt, and routes are the same for all inputs. Set the `labels` of "
+            "prompts to -100 (in TRL `completion_only_loss=True`), or use `routing_scope='causal'`.",
+            stacklevel=2,
+        )
 
 
 def leading_tensor(arguments: dict[str, Any]) -> Tensor:

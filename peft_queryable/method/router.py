@@ -125,8 +125,9 @@ class Router(nn.Module):
         if settings.instruction_dim is not None:
             self.default_instruction = Weight(1, settings.instruction_dim)
             self.default_instruction.requires_grad_(False)
-            self.instruction_prior = nn.Linear(settings.instruction_dim, dim, bias=False)
-            if "instruction" in terms:
+            if settings.instruction_strength > 0:
+                self.instruction_prior = nn.Linear(settings.instruction_dim, dim, bias=False)
+            if "instruction" in terms and settings.instruction_query_weight > 0:
                 self.instruction_query = nn.Linear(settings.instruction_dim, dim, bias=False)
         nn.init.normal_(self.atoms.weight, std=settings.atom_scale / math.sqrt(rank))
         # Whatever the scale of keys, the logits of a random query are about N(0, 1 / T_attn^2).
@@ -178,11 +179,13 @@ class Router(nn.Module):
             # Even an embedding of 0 keeps Q_ctx and R_ctx in the graph.
             instruction = self.default_instruction.weight if instruction is None else instruction
             embedding = instruction.to(keys).unsqueeze(1)  # [B or 1, 1, d_c]
-            query = None
+            query = logits = None
             if self.instruction_query is not None:
                 query = self.settings.instruction_query_weight * _linear(self.instruction_query, embedding)
-            rho = rms_norm(_linear(self.instruction_prior, embedding)) @ keys.T * self.language_scale  # Eq. 33
-            return SharedTerms(keys, query, self.settings.instruction_strength * rho)
+            if self.instruction_prior is not None:
+                rho = rms_norm(_linear(self.instruction_prior, embedding)) @ keys.T * self.language_scale  # Eq. 33
+                logits = self.settings.instruction_strength * rho
+            return SharedTerms(keys, query, logits)
 
     def forward(self, block: int, state: Tensor, means: list[Tensor], shared: SharedTerms) -> Tensor:
         """Routing weights alpha of one block (Algorithm 2, lines 6 to 24).

@@ -150,6 +150,10 @@ class Linear(nn.Module, QueryableLoraLayer):
         group = self.places[adapter_name].entry_group
         if len(group) == 1:
             return states
+        factors = [layer.lora_A[adapter_name] for layer in group]
+        if any(A._forward_pre_hooks or A._forward_hooks or A._backward_hooks for A in factors):
+            # Pruning makes the weight anew in a hook, and gradients per example are read in hooks.
+            return torch.stack([A(x) for A in factors]).mean(0).reshape(states.shape)
         # The mean of the projections' states is the state of the projections' mean.
-        weight = torch.stack([layer.lora_A[adapter_name].weight.to(x) for layer in group]).mean(0)
+        weight = torch.stack([A.weight.to(x) for A in factors]).mean(0)
         return F.linear(x, weight).reshape(states.shape)

@@ -50,11 +50,13 @@ class StackKey(NamedTuple):
         owner: name of the module whose call runs the layers, "" for the model itself.
         reads_memory: whether the stack is made of the cross-attention projections that read an encoder's output.
         is_loose: whether it stands outside every list of layers of a model that has some: a head, a connector.
+        holder: of an entry of an `nn.ModuleDict`, the owner in whose call it runs; None if there is none.
     """
 
     owner: str
     reads_memory: bool = False
     is_loose: bool = False
+    holder: str | None = None
 
     def __str__(self) -> str:
         return (self.owner or "the model") + (" (cross-attention)" if self.reads_memory else "")
@@ -134,39 +136,61 @@ def split_into_blocks(num_layers: int, num_blocks: int) -> list[int]:
 def find_stacks(model: nn.Module, names: Sequence[str]) -> dict[StackKey, list[list[str]]]:
     """Stacks of the adapted modules `names`: module names by layer, in order.
 
-    A module belongs to the entry that holds it of the outermost `nn.ModuleList` on its path; the list's parent is the
-    owner. Modules outside such lists are layers of their own: of the stack whose owner holds them, else, in a model
-    without any list, of one stack of the whole model, else of a stack of their parent module. Key and value
-    projections of a cross-attention see the encoder's tokens, and so form a stack beside that of their layers.
+    A module belongs to the entry that holds it of the outermost `nn.ModuleList` on its path; the module that holds the
+    list is the owner. Modules outside such lists are layers of their own, of a stack as [`_loose_owner`] says. Key and
+    value projections of a cross-attention see the encoder's tokens, and so form a stack beside that of their layers.
     """
     layer_of = {name: _repeated_layer(model, name) for name in names}
-    owners = {owner for owner, _ in filter(None, layer_of.values())}
+    owners = {owner for owner, _ in filter(None, layer_of.values())} or {""}
     stacks: dict[StackKey, dict[str, list[str]]] = {}
     for name in names:
-        owner, layer = layer_of[name] or (_loose_owner(name, owners), name)
+        owner, layer = layer_of[name] or (_loose_owner(model, name, owners), name)
         reads_memory = bool(_CROSS_ATTENTION.search(name) and _MEMORY_PROJECTION.fullmatch(name.rpartition(".")[2]))
         reads_memory = reads_memory or sees_text(model, owner, name)
-        key = StackKey(owner, reads_memory, is_loose=bool(owners) and owner not in owners)
+        holder = _holder(name, owners) if owner not in owners else None
+        key = StackKey(owner, reads_memory, is_loose=owner not in owners, holder=holder)
         stacks.setdefault(key, {}).setdefault(layer, []).append(name)
     return {key: list(layers.values()) for key, layers in stacks.items()}
 
 
 def _repeated_layer(model: nn.Module, name: str) -> tuple[str, str] | None:
     """Names of the owner and of the layer that hold module `name`, or None outside every `nn.ModuleList`."""
-    parts = name.split(".")
-    module = model
-    for depth, part in enumerate(parts):
+    parts, path = name.split("."), path_to(model, name)
+    for depth, module in enumerate(path):
         if isinstance(module, nn.ModuleList):
-            return ".".join(parts[: depth - 1]), ".".join(parts[: depth + 1])
-        module = getattr(module, part)
+            # An `nn.ModuleDict` is never called.
+            caller = max((d for d in range(depth) if not isinstance(path[d], nn.ModuleDict)), default=0)
+            return ".".join(parts[:caller]), ".".join(parts[: depth + 1])
     return None
 
 
-def _loose_owner(name: str, owners: set[str]) -> str:
-    if not owners:
-        return ""
-    holders = [owner for owner in owners if owner == "" or name.startswith(owner + ".")]
-    return max(holders, key=len) if holders else name.rpartition(".")[0]
+def _loose_owner(model: nn.Module, name: str, owners: set[str]) -> str:
+    """Name of the module whose call is that of the stack of module `name`, which stands outside every list.
+
+    It is the entry of an `nn.ModuleDict` that holds the module, because a call may run one entry and not another. Else
+    it is the one of `owners`, those of lists, that holds the module; the model itself, in a model without lists. Else
+    it is the parent, or the module itself where that is a model, which has more methods than `forward`.
+    """
+    parts, path = name.split("."), path_to(model, name)
+    for depth in reversed(range(len(parts))):
+        if isinstance(path[depth], nn.ModuleDict):
+            return ".".join(parts[: depth + 1])
+    if (holder := _holder(name, owners)) is not None:
+        return holder
+    return name if path[-1] is model or isinstance(path[-1], PreTrainedModel) else name.rpartition(".")[0]
+
+
+def _holder(name: str, owners: set[str]) -> str | None:
+    """The innermost of `owners` that holds module `name`."""
+    return max((owner for owner in owners if not owner or name.startswith(owner + ".")), key=len, default=None)
+
+
+def path_to(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that hold module `name`, from the model to its parent."""
+    path = [model]
+    for part in name.split(".")[:-1]:
+        path.append(getattr(path[-1], part))
+    return path
 
 
 def entry_groups(names: Sequence[str]) -> dict[str, list[str]]:
@@ -226,6 +250,7 @@ class Stacks:
                 owner,
                 key.reads_memory,
                 key.is_loose,
+                None if key.holder is None else self._stack(StackKey(key.holder)),
                 has_streams(self.model, key.owner),
                 takes_labels,
                 self.model_hooks,

@@ -26,8 +26,8 @@ from .layer import Linear, QueryableLoraLayer
 from .layout import Layout, Stacks, remove_hooks
 from .merging import MergingTuner
 from .offload import onload
-from .saving import ROUTER, check_tensors, without_idle_depth
-from .targets import check_target, report_left_out, warn_experts, warn_unknown_names
+from .saving import ROUTER, check_tensors
+from .targets import check_target, report_left_out, warn_choice, warn_experts, warn_unknown_names
 
 BASE = "__base__"  # PEFT's name, in `adapter_names`, of no adapter
 
@@ -106,6 +106,7 @@ class QueryableLoraModel(MergingTuner):
             self.queryable_lora_router[name].requires_grad_(requires_grad)
         if trainable[adapter_name]:
             warn_experts(model)
+            warn_choice(config, adapter_name)
 
     def _infer_instruction_dim(self, config: QueryableLoraConfig) -> None:
         name = config.instruction_encoder
@@ -290,7 +291,5 @@ class QueryableLoraModel(MergingTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        if "depth" in config.query_terms:
-            remapped = without_idle_depth(remapped, expected)
         check_tensors(remapped, expected, adapter_name)
         return remapped

@@ -9,21 +9,12 @@ from torch import Tensor
 ROUTER = "queryable_lora_router"
 _RENAMED = {"prior": "block_prior", "instruction": "default_instruction"}  # since checkpoint format 1
 _PARTS = {"lora_A", "lora_B", "queryable_lora_gate", ROUTER}
-_DEPTH = tuple(f".depth_{name}.weight" for name in ("value", "query", "key"))
 _CONVERSION = (
     "import sys; from safetensors.torch import load_file, save_file; tensors = load_file(sys.argv[1]); "
     + f"names = {_RENAMED}; "
     + "save_file({'.'.join(names.get(p, p) if '_router.' in k else p for p in k.split('.')): t "
     + "for k, t in tensors.items()}, sys.argv[1], {'format': 'pt'})"
 )
-
-
-def without_idle_depth(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors `found` without the depth projections that the adapter, which has a depth term, does not need.
-
-    Before the first release every router had all three, even where no route could depend on them.
-    """
-    return {name: tensor for name, tensor in found.items() if name in expected or not name.endswith(_DEPTH)}
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], adapter_name: str) -> None:

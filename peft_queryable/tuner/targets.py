@@ -19,7 +19,7 @@ from ..calls.arguments import parameter_names
 from ..config import QueryableLoraConfig
 from .denoisers import check_scope, packing
 from .layer import QueryableLoraLayer
-from .layout import find_stacks
+from .layout import find_stacks, path_to
 
 _SEQUENCE_FIRST = ("fsmt", "xlnet")  # the models of transformers whose layers get [tokens, batch, features]
 _SQUARES = "its mask hides padding from padding alone, so that it does not tell which of its patches are padding"
@@ -125,6 +125,18 @@ def warn_experts(model: nn.Module) -> None:
         )
 
 
+def warn_choice(config: QueryableLoraConfig, adapter_name: str) -> None:
+    """Warn of routes that are one atom whatever the router says of its weight, so that it cannot learn."""
+    if 1 in (config.num_atoms, config.top_k):
+        field = "num_atoms" if config.num_atoms == 1 else "top_k"
+        warnings.warn(
+            f"With `{field}=1` a route of adapter {adapter_name!r} is one atom with weight 1, so the router gets no "
+            "gradient and stays as it was initialised. To train it, pass `top_k=2` or more, or None, and as many "
+            "`num_atoms`.",
+            stacklevel=2,
+        )
+
+
 def _some(names: list[str]) -> str:
     return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
@@ -206,26 +218,18 @@ def _sees_last_tokens(model: nn.Module, name: str, speaker: Any, head: nn.Module
         return False
     if "logits_to_keep" not in parameter_names(speaker):
         return False
-    path = _path(model, name)
+    path = path_to(model, name)
     return any(
         head in holder.children() and not any(isinstance(module, nn.ModuleList) for module in holder.modules())
         for holder in path[path.index(speaker) + 1 :]
     )
 
 
-def _path(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that hold module `name`, from the model to its parent."""
-    path = [model]
-    for part in name.split(".")[:-1]:
-        path.append(path[-1].get_submodule(part))
-    return path
-
-
 def _unknown_layout(model: nn.Module, name: str) -> str | None:
     """Why the rows and tokens of module `name` are not known from the call that it runs in."""
     if getattr(getattr(model, "config", None), "model_type", None) in _SEQUENCE_FIRST:
         return "its model passes activations as [tokens, batch, features], so that rows would be taken for tokens"
-    path = _path(model, name)
+    path = path_to(model, name)
     for outer in path:
         layer: Any = outer
         if isinstance(outer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):

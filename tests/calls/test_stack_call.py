@@ -88,7 +88,7 @@ def test_training_without_a_prompt_is_refused():
     ):
         model(input_ids=ids)
     model(input_ids=ids, prompt_mask=torch.ones_like(ids))
-    model(input_ids=ids, labels=ids)
+    model(input_ids=ids, labels=ids)  # after the first call nothing waits for the device
 
 
 @pytest.mark.parametrize("taken", ["label_smoothing_factor", "compute_loss_func"])
@@ -123,3 +123,23 @@ def test_evaluation_without_a_prompt_warns():
         warnings.simplefilter("error")
         model(input_ids=ids, labels=ids)
         model.generate(input_ids=ids, max_new_tokens=2, pad_token_id=0)
+
+
+def test_training_where_all_is_supervised_warns_once():
+    """Labels that leave no prompt make routes that are the same for all inputs; one prompt in the batch is enough."""
+    ids = token_ids()
+    labels = ids.clone()
+    labels[0, :2] = -100
+    told, model = in_scope_prompt().train(), in_scope_prompt().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told(input_ids=ids, labels=labels)
+    with pytest.warns(UserWarning, match=r"every token of its first training call is supervised, .*'causal'"):
+        model(input_ids=ids, labels=ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, labels=ids)
+    padded = torch.ones_like(ids)
+    padded[:, :2] = 0  # padding before the first supervised token is no prompt
+    with pytest.warns(UserWarning, match="is supervised"):
+        in_scope_prompt().train()(input_ids=ids, attention_mask=padded, prompt_mask=1 - padded)

@@ -234,14 +234,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "BERT": Architecture(
         lambda: tf.BertForSequenceClassification(tf.BertConfig(**ENCODER)),
         text,
-        {"bert.encoder": "sequence", "bert.pooler": "sequence", "": "sequence"},
+        {"bert.encoder": "sequence", "bert.pooler": "sequence", "classifier": "sequence"},
         pads=True,
         note="pooler and classifier too",
     ),
     "RoBERTa": Architecture(
         lambda: tf.RobertaForTokenClassification(tf.RobertaConfig(**ENCODER)),
         text,
-        {"roberta.encoder": "sequence", "": "sequence"},
+        {"roberta.encoder": "sequence", "classifier": "sequence"},
         pads=True,
     ),
     "DeBERTa": Architecture(
@@ -262,7 +262,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         note="not query_proj, key_proj with `share_att_key`: they project relative positions too",
     ),
     "ViT": Architecture(
-        lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)), images, {"vit": "sequence", "": "sequence"}
+        lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)),
+        images,
+        {"vit": "sequence", "classifier": "sequence"},
     ),
     "T5": Architecture(
         lambda: tf.T5ForConditionalGeneration(
@@ -346,19 +348,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ELECTRA": Architecture(
         lambda: small("ElectraForTokenClassification", is_decoder=False),
         text,
-        {"electra.encoder": "sequence", "": "sequence"},
+        {"electra.encoder": "sequence", "classifier": "sequence"},
         pads=True,
     ),
     "ModernBERT": Architecture(
         lambda: small("ModernBertForTokenClassification", is_decoder=False),
         text,
-        {"model": "sequence", "head": "sequence", "": "sequence"},
+        {"model": "sequence", "head": "sequence", "classifier": "sequence"},
         pads=True,
     ),
     "DistilBERT": Architecture(
         lambda: small("DistilBertForSequenceClassification", dim=32),
         text,
-        {"distilbert.transformer": "sequence", "": "sequence"},
+        {"distilbert.transformer": "sequence", "pre_classifier": "sequence", "classifier": "sequence"},
         pads=True,
     ),
     "ALBERT": Architecture(
@@ -376,23 +378,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "XLM-RoBERTa": Architecture(
         lambda: small("XLMRobertaForTokenClassification", is_decoder=False),
         text,
-        {"": "sequence", "roberta.encoder": "sequence"},
+        {"classifier": "sequence", "roberta.encoder": "sequence"},
         pads=True,
     ),
     "DINOv2": Architecture(
-        lambda: small("Dinov2ForImageClassification"), images, {"dinov2.encoder": "sequence", "": "sequence"}
+        lambda: small("Dinov2ForImageClassification"), images, {"dinov2.encoder": "sequence", "classifier": "sequence"}
     ),
     "CLIP": Architecture(
         lambda: small("CLIPModel"),
         pairs,
-        {"text_model.encoder": "causal", "vision_model.encoder": "sequence", "": "causal"},
+        {
+            "text_model.encoder": "causal",
+            "vision_model.encoder": "sequence",
+            "visual_projection": "causal",
+            "text_projection": "causal",
+        },
     ),
     "SigLIP": Architecture(
         lambda: small("SiglipModel"),
         pairs,
         {
             "text_model.encoder": "causal",
-            "text_model": "causal",
+            "text_model.head": "causal",
             "vision_model.encoder": "sequence",
             "vision_model.head.mlp": "sequence",
         },
@@ -401,13 +408,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "wav2vec 2.0": Architecture(
         lambda: small("Wav2Vec2ForCTC", conv_dim=[32] * 7),
         waveform,
-        {"wav2vec2.feature_projection": "sequence", "wav2vec2.encoder": "sequence", "": "sequence"},
+        {"wav2vec2.feature_projection": "sequence", "wav2vec2.encoder": "sequence", "lm_head": "sequence"},
         note="waveforms of one length; save with `save_embedding_layers=False`, as LoRA",
     ),
     "HuBERT": Architecture(
         lambda: small("HubertForCTC", conv_dim=[32] * 7),
         waveform,
-        {"hubert.feature_projection": "sequence", "hubert.encoder": "sequence", "": "sequence"},
+        {"hubert.feature_projection": "sequence", "hubert.encoder": "sequence", "lm_head": "sequence"},
         note="waveforms of one length; save with `save_embedding_layers=False`, as LoRA",
     ),
     "Audio Spectrogram Transformer": Architecture(

@@ -76,11 +76,11 @@ OWNERS = {
     llama: {"model"},
     gpt2: {"transformer"},
     opt: {"model.decoder"},
-    bert: {"bert.encoder", "bert.pooler", "the model"},
-    vit: {"vit", "the model"},
+    bert: {"bert.encoder", "bert.pooler", "classifier"},
+    vit: {"vit", "classifier"},
     t5: {"encoder", "decoder", "decoder (cross-attention)"},
     bart: {"model.encoder", "model.decoder", "model.decoder (cross-attention)"},
-    clip: {"text_model.encoder", "vision_model.encoder", "the model"},
+    clip: {"text_model.encoder", "vision_model.encoder", "text_projection", "visual_projection"},
     mlp: {"the model"},
     sequential: {"the model"},
 }
@@ -122,15 +122,19 @@ class Loose(nn.Module):
         self.body.layers = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))])
         self.pooler = nn.Sequential(nn.Linear(4, 4))
         self.head = nn.Linear(4, 4)
+        self.body.taps = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Sequential(nn.Linear(4, 4))})
 
 
 def test_loose_modules():
-    """A loose module is a layer of the stack that holds it, else of a stack of its parent."""
+    """A loose module is a layer of the stack that holds it, else of its parent's or its own; entries of dicts are."""
     names = ["body.project_in", "body.layers.0", "body.layers.1.0", "body.layers.1.1", "pooler.0", "head"]
+    names += ["body.taps.a", "body.taps.b.0"]
     assert find_stacks(Loose(), names) == {
         StackKey("body"): [["body.project_in"], ["body.layers.0"], ["body.layers.1.0", "body.layers.1.1"]],
         StackKey("pooler", is_loose=True): [["pooler.0"]],
-        StackKey("", is_loose=True): [["head"]],
+        StackKey("head", is_loose=True): [["head"]],
+        StackKey("body.taps.a", is_loose=True, holder="body"): [["body.taps.a"]],
+        StackKey("body.taps.b", is_loose=True, holder="body"): [["body.taps.b.0"]],
     }
 
 

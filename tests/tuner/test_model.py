@@ -172,6 +172,7 @@ def test_every_trainable_tensor_learns(scope, checkpointing):
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:With `top_k=1`")
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "t5"])
 def test_no_gradient_is_missing(name):
     """No trainable tensor is without a gradient in any architecture, top-k and no instruction notwithstanding."""

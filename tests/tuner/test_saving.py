@@ -217,20 +217,6 @@ def test_left_over_tensors_are_refused(model, folder, fields, base):
         PeftModel.from_pretrained(base, folder)
 
 
-def test_idle_depth_projections_are_passed_over(tmp_path, base):
-    """A file of before the first release has projections that a single block does not need: it loads without them."""
-    model = adapted(llama(), target_modules=TARGETS, num_blocks=1)
-    randomise(model)
-    model.save_pretrained(tmp_path)
-    whole = adapted(llama(), target_modules=TARGETS, num_blocks=3).state_dict()
-    idle = {key.replace(".default.", "."): tensor for key, tensor in whole.items() if ".depth_" in key}
-    assert len(idle) == 3
-    rewrite(tmp_path, lambda tensors: tensors.update(idle))
-    loaded = PeftModel.from_pretrained(base, tmp_path)
-    saved = get_peft_model_state_dict(model)
-    torch.testing.assert_close(get_peft_model_state_dict(loaded), saved, rtol=0, atol=0)
-
-
 class Headed(nn.Module):
     """A base model with a module called as a tensor of ours might be."""
 
