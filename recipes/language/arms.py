@@ -56,13 +56,17 @@ SCALING = 2.0  # alpha / r of all arms
 
 def attach(arm: Arm, base: nn.Module, rank: int, condition: str) -> PeftModel:
     """`base`, changed in place, with a new adapter."""
+    told = {"instruction_dim": INSTRUCTIONS.shape[1]} if takes_instruction(arm, condition) else {}
+    return get_peft_model(base, adapter_config(arm, rank, **told))
+
+
+def adapter_config(arm: Arm, rank: int, **instruction: Any) -> LoraConfig | QueryableLoraConfig:
+    """What makes the arm's adapter; `instruction` has the instruction's fields, if the arm takes one."""
     rank *= arm.factor
     shared = {"r": rank, "lora_alpha": SCALING * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if arm.lora is not None:
-        return get_peft_model(base, LoraConfig(**shared, **arm.lora))
-    if takes_instruction(arm, condition):
-        shared["instruction_dim"] = INSTRUCTIONS.shape[1]
-    return get_peft_model(base, QueryableLoraConfig(**shared, **arm.ours))
+        return LoraConfig(**shared, **arm.lora)
+    return QueryableLoraConfig(**shared, **instruction, **arm.ours)
 
 
 def takes_instruction(arm: Arm, condition: str) -> bool:
