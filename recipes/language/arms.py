@@ -50,7 +50,16 @@ ARMS = {
     "scale-0.3": Arm("ours, keys at 0.3", ours={"init_router_scale": 0.3}),
     "prompt": Arm("ours, scope `prompt`", ours={"routing_scope": "prompt"}),
     "oracle": Arm("ours, one atom per task", is_told=True),
+    # Variants, to choose defaults by
+    "scale-0.1": Arm("ours, keys at 0.1", ours={"init_router_scale": 0.1}),
+    "temperature-0.3": Arm("keys at 0.3, T_attn 0.3", ours={"init_router_scale": 0.3, "attention_temperature": 0.3}),
+    "atoms-0.3": Arm("keys at 0.3, atoms at 0.3", ours={"init_router_scale": 0.3, "init_atom_scale": 0.3}),
+    "atoms-3": Arm("keys at 0.3, atoms at 3", ours={"init_router_scale": 0.3, "init_atom_scale": 3.0}),
+    "gate-0.9": Arm("keys at 0.3, gates at 0.9", ours={"init_router_scale": 0.3, "init_gate": 0.9}),
+    "all-atoms": Arm("keys at 0.3, all atoms mixed", ours={"init_router_scale": 0.3, "top_k": None}),
+    "64-atoms": Arm("keys at 0.3, 64 atoms", ours={"init_router_scale": 0.3, "num_atoms": 64}),
 }
+SHOWN = tuple(ARMS)[: tuple(ARMS).index("oracle") + 1]
 SCALING = 2.0  # alpha / r of all arms
 
 
