@@ -16,7 +16,7 @@ COUNTED_EVERY = 5  # steps: one for each entry of the recipes' logs
 WARM_UP_STEPS = 3  # not timed: memory is still being allocated
 
 
-def make_trainer(folder, config, train_dataset, training_args, model_args) -> SFTTrainer:
+def make_trainer(folder, config, train_dataset, training_args, model_args, eval_dataset=None) -> SFTTrainer:
     """An SFTTrainer whose adapter, made from `config`, goes to `folder`."""
     args = copy.deepcopy(training_args)
     args.output_dir = str(folder)
@@ -31,6 +31,7 @@ def make_trainer(folder, config, train_dataset, training_args, model_args) -> SF
         model=model_args.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=config,
     )

@@ -50,19 +50,32 @@ ARMS = {
     "scale-0.3": Arm("ours, keys at 0.3", ours={"init_router_scale": 0.3}),
     "prompt": Arm("ours, scope `prompt`", ours={"routing_scope": "prompt"}),
     "oracle": Arm("ours, one atom per task", is_told=True),
+    # Variants, to choose defaults by
+    "scale-0.1": Arm("ours, keys at 0.1", ours={"init_router_scale": 0.1}),
+    "temperature-0.3": Arm("keys at 0.3, T_attn 0.3", ours={"init_router_scale": 0.3, "attention_temperature": 0.3}),
+    "atoms-0.3": Arm("keys at 0.3, atoms at 0.3", ours={"init_router_scale": 0.3, "init_atom_scale": 0.3}),
+    "atoms-3": Arm("keys at 0.3, atoms at 3", ours={"init_router_scale": 0.3, "init_atom_scale": 3.0}),
+    "gate-0.9": Arm("keys at 0.3, gates at 0.9", ours={"init_router_scale": 0.3, "init_gate": 0.9}),
+    "all-atoms": Arm("keys at 0.3, all atoms mixed", ours={"init_router_scale": 0.3, "top_k": None}),
+    "64-atoms": Arm("keys at 0.3, 64 atoms", ours={"init_router_scale": 0.3, "num_atoms": 64}),
 }
+SHOWN = tuple(ARMS)[: tuple(ARMS).index("oracle") + 1]
 SCALING = 2.0  # alpha / r of all arms
 
 
 def attach(arm: Arm, base: nn.Module, rank: int, condition: str) -> PeftModel:
     """`base`, changed in place, with a new adapter."""
+    told = {"instruction_dim": INSTRUCTIONS.shape[1]} if takes_instruction(arm, condition) else {}
+    return get_peft_model(base, adapter_config(arm, rank, **told))
+
+
+def adapter_config(arm: Arm, rank: int, **instruction: Any) -> LoraConfig | QueryableLoraConfig:
+    """What makes the arm's adapter; `instruction` has the instruction's fields, if the arm takes one."""
     rank *= arm.factor
     shared = {"r": rank, "lora_alpha": SCALING * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if arm.lora is not None:
-        return get_peft_model(base, LoraConfig(**shared, **arm.lora))
-    if takes_instruction(arm, condition):
-        shared["instruction_dim"] = INSTRUCTIONS.shape[1]
-    return get_peft_model(base, QueryableLoraConfig(**shared, **arm.ours))
+        return LoraConfig(**shared, **arm.lora)
+    return QueryableLoraConfig(**shared, **instruction, **arm.ours)
 
 
 def takes_instruction(arm: Arm, condition: str) -> bool:

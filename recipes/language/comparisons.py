@@ -11,8 +11,22 @@ from typing import NamedTuple
 from scipy.stats import t
 
 from recipes.language.arms import ARMS
-from recipes.language.skills import CONDITIONS
 
+TITLES = {  # of comparisons, in the order of the tables
+    "token": "Told by a token",
+    "first": "Decided by the first symbol",
+    "middle": "Decided by a symbol in the middle",
+    "last": "Decided by the last symbol",
+    "instruction": "Told to the adapter alone",
+    "single": "One task",
+    "sequence": "One task after another",
+    "numbers-prompt": "Number words, the language told by the prompt",
+    "numbers-examples": "Number words, the language told by examples",
+    "numbers-instruction": "Number words, the language told to the adapter alone",
+    "territories-prompt": "Territories, the language told by the prompt",
+    "territories-examples": "Territories, the language told by examples",
+    "territories-instruction": "Territories, the language told to the adapter alone",
+}
 Runs = Mapping[int, dict]  # records by seed
 
 
@@ -42,7 +56,7 @@ def read(path: Path) -> dict[tuple[str, int], dict[str, dict[float, Runs]]]:
     for line in path.read_text().splitlines():
         record = json.loads(line)
         found[record["condition"], record["rank"]][record["arm"]][record["lr"]][record["seed"]] = record
-    places = sorted(found, key=lambda place: (-place[1], CONDITIONS.index(place[0])))
+    places = sorted(found, key=lambda place: (-place[1], list(TITLES).index(place[0])))
     return {place: {arm: found[place][arm] for arm in ARMS if arm in found[place]} for place in places}
 
 

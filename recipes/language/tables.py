@@ -17,17 +17,8 @@ from pathlib import Path
 from recipes.common.figures import plt, save
 from recipes.common.report import fill_place, markdown_table
 from recipes.language.arms import ARMS
-from recipes.language.comparisons import Best, best, forgetting, geometric_mean, mean, ratio, read
+from recipes.language.comparisons import TITLES, Best, best, forgetting, geometric_mean, mean, ratio, read
 
-TOLD = {
-    "token": "Told by a token",
-    "first": "Decided by the first symbol",
-    "middle": "Decided by a symbol in the middle",
-    "last": "Decided by the last symbol",
-    "instruction": "Told to the adapter alone",
-    "single": "One task",
-    "sequence": "One task after another",
-}
 RIVALS = {"lora": "LoRA", "lora-2r": "LoRA 2r", "static": "static"}
 
 
@@ -73,7 +64,7 @@ def plot(found: Mapping[tuple[str, int], Mapping[str, Best]], rank: int, path: P
                 color = "C0" if ARMS[arm].lora is not None else "C1"
                 axes.plot(found_ratio[1:3], [place, place], color=color)
                 axes.plot(found_ratio[0], place, "o", color=color)
-        axes.set(title=TOLD[condition], xscale="log", xlabel="loss / LoRA")
+        axes.set(title=TITLES[condition], xscale="log", xlabel="loss / LoRA")
         axes.title.set_fontsize(8)
         axes.set_xticks(ticks := [0.25, 0.5, 1, 2], [f"{tick:g}" for tick in ticks], minor=False)
         axes.minorticks_off()
@@ -89,7 +80,7 @@ def report(path: Path) -> str:
     for rank in {rank for _, rank in found}:
         plot(found, rank, path)
     return "\n\n".join(
-        f"### {TOLD[condition]}, r = {rank}\n\n{table(arms)}" for (condition, rank), arms in found.items()
+        f"### {TITLES[condition]}, r = {rank}\n\n{table(arms)}" for (condition, rank), arms in found.items()
     )
 
 

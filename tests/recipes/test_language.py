@@ -14,7 +14,7 @@ import recipes.language.__main__ as recipe
 from peft_queryable import record_routing
 from recipes.language import tables
 from recipes.language.arguments import QUICK, QUICK_SETTING, Arguments
-from recipes.language.arms import ARMS
+from recipes.language.arms import SHOWN
 from recipes.language.base import answer_loss, new_base, pretrain
 from recipes.language.comparisons import best, forgetting, ratio
 from recipes.language.jobs import finished
@@ -62,7 +62,7 @@ def test_what_tells_the_task(condition):
         assert torch.equal(told[:, 2 + place] % 8, tasks) == (condition == name)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", SHOWN)
 def test_stacked_runs_train_as_they_would_alone(arm):
     together, alone = train_some(arm, 0, 1), train_some(arm, 1)
     stacked, other = together.losses(TEST)[0], alone.losses(TEST)[0]
@@ -162,8 +162,16 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
 
 def record(arm, seed, lr, validation, test):
     return {
-        **{"condition": "first", "rank": 8, "arm": arm, "lr": lr, "seed": seed, "validation": validation},
-        **{"test": test, "exact": 0.5, "trainable": 1000, "seconds": 2.0},
+        "condition": "first",
+        "rank": 8,
+        "arm": arm,
+        "lr": lr,
+        "seed": seed,
+        "validation": validation,
+        "test": test,
+        "exact": 0.5,
+        "trainable": 1000,
+        "seconds": 2.0,
     }
 
 

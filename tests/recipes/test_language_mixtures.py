@@ -1,0 +1,76 @@
+"""recipes.language.smollm2: its data, what it measures, and its command, on a tiny model."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers.recipes import run, save_model
+from torch.nn import functional as F
+
+from recipes.language.mixtures import LANGUAGES, MIXTURES, TELLINGS, mixture_data, split
+from recipes.language.smollm2 import information_of
+
+SETTING = ["--steps", 3, "--batch", 4, "--validation", 1, "--test", 2, "--seeds", 1, "--rates", 0.01, "--processes", 1]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_no_item_is_in_two_parts(mixture):
+    train, validation, test = map(set, split(mixture, 16, 64))
+    assert (len(validation), len(test)) == (16, 64) and len(train) > 100
+    assert not train & validation and not train & test and not validation & test
+
+
+@pytest.mark.parametrize("telling", TELLINGS)
+def test_what_tells_the_language(telling):
+    """The prompt names it, or shows it on items of training, or nothing does; answers are the language's own words."""
+    train, _, test = mixture_data("numbers", telling, 4, 4)
+    assert len(test) == 4 * len(LANGUAGES) and len(train) == 992 * len(LANGUAGES)
+    trained = {row["prompt"].splitlines()[-1] for row in train}
+    for row in test:
+        *before, last = row["prompt"].splitlines()
+        language = list(LANGUAGES.values())[row["task"]]
+        assert row["instruction"] == f"Say it in {language}." and last not in trained
+        assert before == [language] if telling == "prompt" else len(before) == (2 if telling == "examples" else 0)
+        if telling == "examples":
+            assert {f"{line.split(' = ')[0]} =" for line in before} <= trained
+    said = {(row["prompt"].splitlines()[-1], row["task"]): row["completion"] for row in [*train, *test]}
+    assert said["21 =", 0] == " einundzwanzig" and said["21 =", 1] == " vingt et un"
+
+
+def test_what_routes_tell():
+    """Routes that are the task: 1 bit of two tasks, nothing of the place, and no uncertainty within a route."""
+    tasks, lengths = torch.tensor([0, 1, 1, 0]), torch.tensor([2, 3, 2, 3])
+    routes = F.one_hot(tasks, 4).double().repeat_interleave(lengths, 0)
+    told = information_of({0: [routes[:5], routes[5:]], 1: [torch.full_like(routes, 0.25)]}, lengths, tasks)
+    assert told["mi_task"] == pytest.approx(0.5) and told["mi_place"] == pytest.approx(0, abs=1e-9)
+    assert told["entropy"] == pytest.approx(1.0)  # 0 bits in one block and 2 in the other
+    by_place = F.one_hot(torch.cat([torch.arange(n) for n in (2, 3, 2, 3)]), 4).double()
+    assert information_of({0: [by_place]}, lengths, tasks)["mi_place"] > 1
+
+
+def test_the_command_measures_and_goes_on(tmp_path):
+    """Every arm's record, with the loss that the adapter's calls have; the second command adds what is missing."""
+    model = save_model(tmp_path / "model")
+    command = [
+        "recipes.language.smollm2",
+        "--model",
+        model,
+        "--encoder",
+        "backbone",
+        "--output_dir",
+        tmp_path,
+        *SETTING,
+    ]
+    part = ["--mixtures", "numbers", "--tellings", "instruction", "--arms"]
+    stdout = run(*command, *part, "lora", "scale-1")
+    path = tmp_path / "smollm2.jsonl"
+    assert path.with_suffix(".md").read_text() in stdout and "told to the adapter alone" in stdout
+    written = path.read_text()
+    lora, ours = map(json.loads, written.splitlines())
+    assert (lora["arm"], ours["arm"]) == ("lora", "scale-1") and lora["condition"] == "numbers-instruction"
+    assert 0 < lora["test"] < 20 and 0 < ours["shuffled"] < 20 and ours["mi_task"] >= 0
+    assert "mi_task" not in lora and all(math.isfinite(record["validation"]) for record in (lora, ours))
+    run(*command, *part, "lora", "scale-1", "static")
+    again = path.read_text()
+    assert again.startswith(written) and len(again.splitlines()) == 3
