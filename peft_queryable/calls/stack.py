@@ -113,7 +113,7 @@ class Stack:
             is_checkpointing=owner.training and self._bind_checkpoints(),
         )
         stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
-        if self.is_loose and routed:
+        if self.is_loose and (routed or any(stack_call.has_packed_instructions(plan) for plan in plans)):
             stack_call = stack_call.reading()
         call = RunningCall(stack_call, self.plans)
         self.current.open(call)
