@@ -18,7 +18,7 @@ LEVELS = (
     ("tuner.",),
     ("instruction", "tracing", "metrics", "statistics", "findings", "plots", "command"),
     ("routes",),
-    ("callbacks", "check.", "export.", "inspect."),
+    ("callbacks", "columns", "check.", "export.", "inspect."),
     ("__init__", "__main__"),
 )
 
