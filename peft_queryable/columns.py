@@ -75,8 +75,8 @@ def use_instruction_column(
 ) -> None:
     """Let every example of a trainer follow the instruction in a column of its data sets.
 
-    Works for `transformers.Trainer` and for TRL's SFT, DPO, KTO, Reward, GRPO and RLOO trainers. Call it between making
-    the trainer and `train()`. A reference that is the model without its adapter sees no instruction; the adapter `ref`
+    Works for `transformers.Trainer` and for TRL's SFT, DPO, KTO, Reward, GRPO and RLOO trainers. Call it after making
+    the trainer and before `train()`. A reference that is the model without its adapter sees no instruction; the adapter `ref`
     follows the same ones as the adapter that trains.
 
     Args:
@@ -88,8 +88,8 @@ def use_instruction_column(
 
     Raises:
         TypeError: if the trainer's model is no `PeftModel` with Queryable LoRA, or for another trainer of TRL.
-        ValueError: if its data have no such column or it would drop it, if it generates by other means than the model's
-            `generate`, or if a sequence is longer than `pack_to`.
+        ValueError: if its data have no such column or it would drop it, if it generates by other means than the
+            model's `generate`, or if a sequence is longer than `pack_to`.
     """
     tuner = tuner_of(trainer.model)
     encoder = encoder or tuner.instruction_encoder(only_active(tuner))
@@ -152,8 +152,8 @@ class _Online:
     def _check(self, instructions: int, rows: int) -> None:
         if instructions != rows:
             raise RuntimeError(
-                f"{type(self.trainer).__name__} ran the model on {rows} rows where {instructions} have an instruction, "
-                "so this version of TRL orders them in another way. Use `constraints.txt`, or one instruction for all."
+                f"{type(self.trainer).__name__} ran the model on {rows} rows where {instructions} have an "
+                "instruction, so this version of TRL orders them in another way. Use TRL 1.16, or one instruction for all."
             )
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -192,10 +192,13 @@ def _is_of(x: Any, names: tuple[str, ...]) -> bool:
 def _check_trainer(trainer: Any, column: str) -> bool:
     """Whether a trainer is an online one."""
     name, args = type(trainer).__name__, trainer.args
-    is_online, is_of_trl = _is_of(trainer, _ONLINE), any(k.__module__.startswith("trl.") for k in type(trainer).__mro__)
+    is_online, is_of_trl = (
+        _is_of(trainer, _ONLINE),
+        any(k.__module__.startswith("trl.") for k in type(trainer).__mro__),
+    )
     if is_of_trl and not is_online and not _is_of(trainer, _COLLATING):
         raise TypeError(
-            f"Whether a {name} gives the model a column of instructions is not known; it is of {_COLLATING + _ONLINE}. "
+            f"Whether a {name} gives the model a column of instructions is not known. {_COLLATING + _ONLINE} do. "
             "Give all examples one instruction, with `set_default_instruction(model, text)` or a block "
             "`with use_instructions(model, text): trainer.train()`."
         )
@@ -213,8 +216,8 @@ def _check_trainer(trainer: Any, column: str) -> bool:
     others = ("use_vllm", "use_transformers_continuous_batching", "tools", "rollout_func", "environment_factories")
     if is_online and (used := [x for x in others if getattr(args, x, None) or getattr(trainer, x, None)]):
         raise ValueError(
-            f"{name} generates with {used}, where it is not known which instruction a row follows. Make it without, so "
-            "that it generates by the model's `generate`."
+            f"{name} generates with {used}, where it is not known which instruction a row follows. Make it without, "
+            "so that it generates by the model's `generate`."
         )
     evaluation = trainer.eval_dataset
     for dataset in (trainer.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])):

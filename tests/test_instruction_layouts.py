@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.encoders import Fixed
 from helpers.models import LLAMA_PROJECTIONS, adapted, llama, outputs, randomise, token_ids
 from peft import PeftModel
 from torch import Tensor
@@ -169,3 +171,24 @@ def test_a_misspelt_keyword(name):
         outputs(model, {"input_ids": ids, name: embeddings(1)})
     with pytest.raises(TypeError, match=rf"called with `{name}`.*`instruction_embeds="):
         model.generate(input_ids=ids, max_new_tokens=2, **{name: embeddings(1)})
+
+
+# Requests of a service
+
+
+def test_requests_in_threads():
+    """Requests in batches and threads each generate as they do alone: their texts stay theirs."""
+    model, encoder = build(), Fixed()
+    ids, names = token_ids(6, 4), ["one", "two", None, "three", "two", "four"]
+    settings = {"max_new_tokens": 5, "do_sample": False}
+
+    def request(rows: list[int]) -> list[list[int]]:
+        with use_instructions(model, [names[row] for row in rows], encoder):
+            return model.generate(input_ids=ids[rows], **settings).tolist()
+
+    alone = [request([row])[0] for row in range(6)]
+    assert len({tuple(answer[4:]) for answer in alone}) > 2
+    batches = [[0, 1, 2], [3, 4, 5], [5, 2, 0], [1, 3], [4], [2, 1, 4, 3]]
+    with ThreadPoolExecutor(4) as pool:
+        for rows, answers in zip(batches * 2, pool.map(request, batches * 2), strict=True):
+            assert answers == [alone[row] for row in rows]

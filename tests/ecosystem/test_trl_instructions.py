@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from trl import (
 )
 
 from peft_queryable import InstructionCollator, QueryableLoraConfig, use_instruction_column
+from peft_queryable.tuner.layer import QueryableLoraLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:trl"),
@@ -46,45 +48,49 @@ class Seen:
 
     def __init__(self, trainer, encoder) -> None:
         self.model, self.encoder = trainer.model, encoder
-        self.rows: list[tuple[Tensor, Tensor | None, Tensor, bool]] = []
-        self.hook = self.model.get_base_model().register_forward_hook(self.see, with_kwargs=True)
+        self.rows: list[tuple[Tensor, Tensor, Tensor, Tensor, bool]] = []
+        base = self.model.get_base_model()
+        self.hooks = [
+            base.model.register_forward_hook(lambda module, args, output: setattr(self, "states", output[0])),
+            base.register_forward_hook(self.see, with_kwargs=True),
+        ]
 
     def see(self, module, args, kwargs, output) -> None:
-        result = getattr(output, "log_probs", None)
-        result = output.logits[:, 0] if result is None and "labels" not in kwargs else result
-        if result is None or result.ndim != (2 if "labels" in kwargs else 1):
+        if "logits_to_keep" in kwargs:
             return  # a step of generation
-        is_off = next(m for m in module.modules() if hasattr(m, "disable_adapters")).disable_adapters
-        labels = kwargs.get("labels", [None] * len(result))
-        for ids, mask, label, row in zip(kwargs["input_ids"], kwargs["attention_mask"], labels, result, strict=True):
-            mask = mask.bool()
-            self.rows.append((ids[mask], None if label is None else label[mask], row.detach().sum(), is_off))
+        if kwargs["attention_mask"] is None:
+            return  # a packed row, whose states are looked at as a whole
+        labels = kwargs["input_ids"] if kwargs["labels"] is None else kwargs["labels"]
+        result = output.logits if kwargs["labels"] is None else output.log_probs.sum(1)
+        is_off = next(m for m in module.modules() if isinstance(m, QueryableLoraLayer)).disable_adapters
+        for row, mask in enumerate(kwargs["attention_mask"].bool()):
+            values = (kwargs["input_ids"][row][mask], labels[row][mask], self.states[row][mask], result[row])
+            self.rows.append((*(value.detach().clone() for value in values), is_off))
 
-    def alone(self, ids: Tensor, labels: Tensor | None, text: str | None, is_off: bool = False) -> Tensor:
-        """The log-probability of the labels, or the reward, of one row run alone under `text`."""
+    def alone(self, ids: Tensor, labels: Tensor, text: str | None, is_off: bool = False) -> tuple[Tensor, Tensor]:
+        """Hidden states, and log-probability of the labels or reward, of one row run alone under `text`."""
         embeds = torch.zeros(1, 5) if text is None else self.encoder([text])
         self.model.eval()
-        with torch.no_grad():
-            if is_off:
-                with self.model.disable_adapter():
-                    logits = self.model(input_ids=ids[None]).logits
-            else:
-                logits = self.model(input_ids=ids[None], instruction_embeds=embeds).logits
-        if labels is None:
-            return logits[0, 0]
+        with torch.no_grad(), self.model.disable_adapter() if is_off else nullcontext():
+            output = self.model(input_ids=ids[None], instruction_embeds=embeds, output_hidden_states=True)
+        states, logits = output.hidden_states[-1][0], output.logits
+        if logits.ndim == 2:
+            return states, logits[0]
         scores = logits[0, :-1].log_softmax(-1).gather(-1, labels[1:, None].clamp(min=0))[:, 0]
-        return scores[labels[1:] != -100].sum()
+        return states, scores[labels[1:] != -100].sum()
 
     def check(self, text_of, number: int, references: int = 0) -> None:
-        """Every row had the result that it has alone under its text, and another under another text."""
-        self.hook.remove()
+        """Every row came out as it does alone under its text, and differently under another text."""
+        for hook in self.hooks:
+            hook.remove()
         assert sum(not is_off for *_, is_off in self.rows) == number
         assert sum(is_off for *_, is_off in self.rows) == references
-        for ids, labels, result, is_off in self.rows:
-            text = text_of(ids)
-            torch.testing.assert_close(result, self.alone(ids, labels, text, is_off), **EXACT)
+        for ids, labels, states, result, is_off in self.rows:
+            expected, score = self.alone(ids, labels, text_of(ids), is_off)
+            torch.testing.assert_close(states, expected, **EXACT)
+            torch.testing.assert_close(result.double(), score, rtol=0, atol=1e-5)  # TRL's head computes in float32
             if not is_off:
-                assert (result - self.alone(ids, labels, "another")).abs() > 1e-4
+                assert (result - self.alone(ids, labels, "another")[1]).abs() > 1e-4
 
 
 def by_prompt(ids: Tensor) -> str | None:
@@ -95,12 +101,16 @@ def by_prompt(ids: Tensor) -> str | None:
 
 def arguments(tmp_path, **kwargs) -> dict:
     """One step of four examples that leaves the weights as they are, so that rows can be run again."""
-    return settings(tmp_path) | {
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "learning_rate": 0.0,
-        "remove_unused_columns": False,
-    } | kwargs
+    return (
+        settings(tmp_path)
+        | {
+            "per_device_train_batch_size": 4,
+            "max_steps": 1,
+            "learning_rate": 0.0,
+            "remove_unused_columns": False,
+        }
+        | kwargs
+    )
 
 
 def pairs(**kwargs) -> Dataset:
@@ -204,7 +214,7 @@ ONLINE = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_online(tmp_path, encoder, name):
-    """One prompt under two instructions: generated, scored and trained on under each, however TRL shuffles and splits."""
+    """One prompt under two instructions: generated, scored and trained on under each, however TRL shuffles it."""
     trainer_class, config_class = ONLINE[name]
     kwargs = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "num_iterations": 2, "top_k": 1}
     rewarded = []
@@ -285,23 +295,24 @@ def sft(tmp_path, **kwargs) -> SFTTrainer:
 @pytest.mark.parametrize("kwargs", [{}, {"pad_to_multiple_of": 8}], ids=str)
 @pytest.mark.parametrize("pack_to", [None, 16], ids=["padding free", "packed"])
 def test_packed(tmp_path, encoder, pack_to, kwargs):
-    """The loss of padding-free and packed rows is that of the examples one by one, each under its instruction."""
+    """In padding-free and packed rows each example has the hidden states that it has alone under its instruction."""
     trainer = sft(tmp_path, **kwargs)
     examples = list(trainer.train_dataset)
     seen = prepared(trainer, encoder, pack_to=pack_to)
-    seen.hook.remove()
-    total, count = 0.0, 0
-    for example in examples:
-        ids, labels = torch.tensor(example["input_ids"]), torch.tensor(example["labels"])
-        total -= seen.alone(ids, labels, example["instruction"])
-        count += (labels[1:] != -100).sum()
-        assert (seen.alone(ids, labels, example["instruction"]) - seen.alone(ids, labels, "another")).abs() > 1e-4
     rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
     assert len(rows) == (4 if pack_to is None else 2)
     batch = trainer.data_collator(rows)
     with torch.no_grad():
-        loss = trainer.compute_loss(trainer.model.eval(), batch)
-    torch.testing.assert_close(loss, total / count, **EXACT)
+        trainer.compute_loss(trainer.model.eval(), dict(batch))
+    starts = {tuple(example["input_ids"]): example["instruction"] for example in examples}
+    bounds = batch["cu_seq_lens_q"].tolist()
+    for start, end in list(zip(bounds, bounds[1:], strict=False))[:4]:  # after them comes what fills up the row
+        ids, found = batch["input_ids"][0, start:end], seen.states[0, start:end]
+        expected, _ = seen.alone(ids, ids, starts[tuple(ids.tolist())])
+        torch.testing.assert_close(found, expected, **EXACT)
+        assert (found - seen.alone(ids, ids, "another")[0]).abs().max() > 1e-4
+    for hook in seen.hooks:
+        hook.remove()
     trainer.train()
 
 
@@ -330,7 +341,7 @@ def test_trainers_that_are_not_known(tmp_path, encoder):
     kind = type("OtherTrainer", (SFTTrainer,), {"__module__": "trl.experimental.other"})
     other = copy.copy(trainer)
     other.__class__ = kind
-    with pytest.raises(TypeError, match="Whether a OtherTrainer gives the model a column of instructions is not known"):
+    with pytest.raises(TypeError, match="Whether a OtherTrainer gives the model a column"):
         use_instruction_column(other, encoder=encoder)
 
 
