@@ -76,8 +76,8 @@ def use_instruction_column(
     """Let every example of a trainer follow the instruction in a column of its data sets.
 
     Works for `transformers.Trainer` and for TRL's SFT, DPO, KTO, Reward, GRPO and RLOO trainers. Call it after making
-    the trainer and before `train()`. A reference that is the model without its adapter sees no instruction; the adapter `ref`
-    follows the same ones as the adapter that trains.
+    the trainer and before `train()`. A reference that is the model without its adapter sees no instruction; the adapter
+    `ref` follows the same ones as the adapter that trains.
 
     Args:
         trainer: made with `remove_unused_columns=False`.
@@ -153,7 +153,8 @@ class _Online:
         if instructions != rows:
             raise RuntimeError(
                 f"{type(self.trainer).__name__} ran the model on {rows} rows where {instructions} have an "
-                "instruction, so this version of TRL orders them in another way. Use TRL 1.16, or one instruction for all."
+                "instruction, so this version of TRL orders them in another way. Use TRL 1.16, or one instruction for "
+                "all."
             )
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

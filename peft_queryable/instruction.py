@@ -28,7 +28,7 @@ def use_instructions(
     Args:
         model: a `PeftModel` with Queryable LoRA.
         texts: one text for all rows, or a list of one for each row of a call; None, for a row or all of them, is no
-            instruction. Or embeddings [1, d_c] or [batch, d_c].
+            instruction. Or embeddings [1, d_c] or [batch, d_c]. Where rows are packed, one for each sequence.
         encoder: default: the one that the adapter's configuration names.
         adapter_names: the adapters that follow; default: those active now.
 

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_queryable import BackboneEncoder, InstructionEncoder, SentenceEncoder
+from peft_queryable.encoders import REFERENCE
 from recipes.common.smollm2 import smollm2_folder
 from recipes.instructions.data import TASKS
 
@@ -54,6 +55,7 @@ def main() -> None:
     folder = smollm2_folder()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     report("backbone", BackboneEncoder(model, tokenizer))
+    report("backbone-centred", BackboneEncoder(model, tokenizer, REFERENCE))
 
 
 if __name__ == "__main__":

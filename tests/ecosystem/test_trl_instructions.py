@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -304,15 +305,15 @@ def test_packed(tmp_path, encoder, pack_to, kwargs):
     batch = trainer.data_collator(rows)
     with torch.no_grad():
         trainer.compute_loss(trainer.model.eval(), dict(batch))
+    for hook in seen.hooks:
+        hook.remove()
     starts = {tuple(example["input_ids"]): example["instruction"] for example in examples}
     bounds = batch["cu_seq_lens_q"].tolist()
-    for start, end in list(zip(bounds, bounds[1:], strict=False))[:4]:  # after them comes what fills up the row
+    for start, end in list(pairwise(bounds))[:4]:  # after them comes what fills up the row
         ids, found = batch["input_ids"][0, start:end], seen.states[0, start:end]
         expected, _ = seen.alone(ids, ids, starts[tuple(ids.tolist())])
         torch.testing.assert_close(found, expected, **EXACT)
         assert (found - seen.alone(ids, ids, "another")[0]).abs().max() > 1e-4
-    for hook in seen.hooks:
-        hook.remove()
     trainer.train()
 
 
