@@ -76,8 +76,8 @@ def use_instruction_column(
     """Let every example of a trainer follow the instruction in a column of its data sets.
 
     Works for `transformers.Trainer` and for TRL's SFT, DPO, KTO, Reward, GRPO and RLOO trainers. Call it after making
-    the trainer and before `train()`. A reference that is the model without its adapter sees no instruction; the adapter
-    `ref` follows the same ones as the adapter that trains.
+    the trainer and before `train()`. A reference that is the model without its adapter sees no instruction; the
+    adapter `ref` follows the same ones as the adapter that trains.
 
     Args:
         trainer: made with `remove_unused_columns=False`.

@@ -118,7 +118,8 @@ class QueryableLoraConfig(LoraConfig):
         default=None,
         metadata={
             "help": "Encoder e(c) of instructions given as text: 'backbone', the base model itself, "
-            "'backbone-centred', or a sentence-transformers model by its Hub id or folder. None: instructions come as embeddings."
+            "'backbone-centred', or a sentence-transformers model by its Hub id or folder. None: instructions come "
+            "as embeddings."
         },
     )
     instruction_encoder_revision: str | None = field(

@@ -16,27 +16,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from .reference_texts import REFERENCE
+
 BACKBONE, CENTRED = "backbone", "backbone-centred"
 _LOCK = RLock()  # of all encoders: one for each could not be pickled for the workers of a data loader
-# Instructions that say little: their mean state is what the states of all instructions have in common.
-REFERENCE = (
-    "Answer the question.",
-    "Solve the task.",
-    "Write a short text.",
-    "Read the text and reply.",
-    "Do what is asked.",
-    "Compute the result.",
-    "Choose the best option.",
-    "Describe the picture.",
-    "Continue the story.",
-    "Correct the mistakes.",
-    "Rewrite this in other words.",
-    "Give an example.",
-    "Compare the two.",
-    "Explain your answer step by step.",
-    "Be brief.",
-    "You are a helpful assistant.",
-)
 
 
 class InstructionEncoder(ABC):
@@ -177,7 +160,7 @@ def load_encoder(name: str, revision: str | None, model: nn.Module) -> Instructi
     except (ImportError, OSError, TypeError, ValueError) as error:
         own = {BACKBONE: "BackboneEncoder(model, tokenizer)"}.get(name, "SentenceEncoder(folder)")
         if name == CENTRED:
-            own = "BackboneEncoder(model, tokenizer, peft_queryable.encoders.REFERENCE)"
+            own = "BackboneEncoder(model, tokenizer, peft_queryable.reference_texts.REFERENCE)"
         raise ValueError(
             f"Instruction encoder {name!r} cannot be loaded by its name. Pass `encoder={own}` or an encoder of your "
             f"own, or pass embeddings. What went wrong: {error}"

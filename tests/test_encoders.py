@@ -14,7 +14,8 @@ from helpers.words import tokenizer
 from torch import Tensor, nn
 
 from peft_queryable import BackboneEncoder, SentenceEncoder
-from peft_queryable.encoders import REFERENCE, embed_texts, load_encoder
+from peft_queryable.encoders import embed_texts, load_encoder
+from peft_queryable.reference_texts import REFERENCE
 
 TEXTS = ["w3 w4 w5", "w9 w8 w7 w6 w5 w4", "w3"]
 

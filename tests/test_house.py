@@ -11,7 +11,7 @@ PACKAGE = TESTS.parent / "peft_queryable"
 
 # From the bottom up: a file may import from its own level and from those below it, never from above.
 LEVELS = (
-    ("version",),
+    ("version", "reference_texts"),
     ("method.",),
     ("calls.",),
     ("card", "config", "encoders"),

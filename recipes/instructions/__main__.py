@@ -16,7 +16,8 @@ python -m recipes.instructions --instruction_in_prompt
 # A larger model, on a GPU
 python -m recipes.instructions --config recipes/instructions/gpu.yaml
 
-What differs from recipes/sft: `instruction_encoder` in the configuration, `use_instruction_column(trainer)`, and `with use_instructions(model, ...)` around calls afterwards.
+What differs from recipes/sft: `instruction_encoder` in the configuration, `use_instruction_column(trainer)`, and
+`with use_instructions(model, ...)` around calls afterwards.
 """
 
 import json

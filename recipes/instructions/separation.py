@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_queryable import BackboneEncoder, InstructionEncoder, SentenceEncoder
-from peft_queryable.encoders import REFERENCE
+from peft_queryable.reference_texts import REFERENCE
 from recipes.common.smollm2 import smollm2_folder
 from recipes.instructions.data import TASKS
 
