@@ -14,7 +14,7 @@ from helpers.models import LLAMA_PROJECTIONS, adapted, llama, randomise
 from helpers.trainers import config, settings
 from helpers.words import tokenizer, words
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -272,6 +272,33 @@ def test_evaluation_of_an_online_trainer(tmp_path, encoder):
     trainer.evaluate()
     assert sorted(rewarded, key=str) == sorted(TEXTS * 2, key=str)
     seen.check(by_prompt, 8)
+
+
+def test_a_trainer_of_transformers(tmp_path, encoder):
+    """Each row of its batch follows the text of its example."""
+    ids = [tokenizer()(prompt + " " + words(50 + i, 2))["input_ids"] for i, prompt in enumerate(PROMPTS)]
+    model = adapted(llama().double(), target_modules=LLAMA_PROJECTIONS, instruction_dim=5)
+    randomise(model)
+    trainer = Trainer(
+        model,
+        TrainingArguments(**arguments(tmp_path)),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids, "instruction": TEXTS}),
+    )
+    use_instruction_column(trainer, encoder=encoder)
+    seen = Seen(trainer, encoder)
+    seen.hooks.pop().remove()
+    batches = []
+    hook = model.get_base_model().register_forward_hook(
+        lambda module, args, kwargs, output: batches.append((kwargs["input_ids"], seen.states)), with_kwargs=True
+    )
+    trainer.train()
+    hook.remove()
+    seen.hooks.pop().remove()
+    ((rows, states),) = batches
+    assert len(rows) == 4
+    for row, found in zip(rows, states, strict=True):
+        torch.testing.assert_close(found, seen.alone(row, row, by_prompt(row))[0], **EXACT)
+        assert (found - seen.alone(row, row, "another")[0]).abs().max() > 1e-4
 
 
 # Padding-free and packed rows
