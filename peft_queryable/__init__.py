@@ -5,9 +5,10 @@ from .callbacks import RoutingCallback
 from .card import model_card
 from .check.checking import check_model
 from .check.report import Check, CheckReport, StackFound
+from .columns import InstructionCollator, use_instruction_column
 from .encoders import BackboneEncoder, InstructionEncoder, SentenceEncoder
 from .export.lora import export_lora
-from .instruction import InstructionCollator, set_default_instruction, use_instructions
+from .instruction import set_default_instruction, use_instructions
 from .routes import Routes, fix_routes, instruction_routes, mean_routes, set_fixed_routes
 from .statistics import RouteStatistics
 from .tracing import RoutedCall, RoutingTrace, record_routing
@@ -40,6 +41,7 @@ __all__ = [
     "record_routing",
     "set_default_instruction",
     "set_fixed_routes",
+    "use_instruction_column",
     "use_instructions",
 ]
 

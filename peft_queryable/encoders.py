@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -17,21 +17,27 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-BACKBONE = "backbone"
+from .reference_texts import REFERENCE
+
+BACKBONE, CENTRED = "backbone", "backbone-centred"
+_LOCK = RLock()  # of all encoders: one for each could not be pickled for the workers of a data loader
 
 
 class InstructionEncoder(ABC):
-    """A frozen text encoder e(c): texts in, embeddings [n, d_c] out, in float32 on the CPU. Each text is encoded once.
+    """A frozen text encoder e(c): texts in, embeddings [n, d_c] out, in float32 on the CPU.
 
-    To bring your own, write a subclass with `encode`.
+    It remembers the texts that were used last, and may be called from several threads. To bring your own, write a
+    subclass with `encode`.
 
     Attributes:
         name: what a configuration calls it in `instruction_encoder`; None if no name can load it.
         revision: of the Hub's model of that name.
+        remembered: largest number of texts that it remembers.
     """
 
     name: str | None = None
     revision: str | None = None
+    remembered: int = 16384
 
     @abstractmethod
     def encode(self, texts: list[str]) -> Tensor:
@@ -44,7 +50,7 @@ class InstructionEncoder(ABC):
 
     @cached_property
     def _known(self) -> dict[str, Tensor]:
-        return {}
+        return {}  # in the order of their last use
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Embeddings [n, d_c] of `texts`.
@@ -55,17 +61,25 @@ class InstructionEncoder(ABC):
         """
         if isinstance(texts, str) or len(texts) == 0 or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"An instruction encoder takes a list of texts, at least one, got {texts!r}.")
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            embeds = self.encode(new)
-            if embeds.ndim != 2 or len(embeds) != len(new) or not embeds.isfinite().all():
-                raise ValueError(
-                    f"{self} must encode {len(new)} texts as one finite vector each, [{len(new)}, width], but "
-                    f"returned {tuple(embeds.shape)} with {(~embeds.isfinite()).sum()} numbers that are not finite."
-                )
-            # A clone, because encoders return tensors made in inference mode, which no graph can hold.
-            self._known.update(zip(new, embeds.detach().float().cpu().clone(), strict=True))
-        return torch.stack([self._known[text] for text in texts])
+        with _LOCK:
+            known = {text: self._known.pop(text) for text in dict.fromkeys(texts) if text in self._known}
+            self._known.update(known)
+            if new := [text for text in dict.fromkeys(texts) if text not in known]:
+                known.update(zip(new, self._encode(new), strict=True))
+                self._known.update({text: known[text] for text in new})
+                for text in list(self._known)[: max(len(self._known) - self.remembered, 0)]:
+                    del self._known[text]
+        return torch.stack([known[text] for text in texts])
+
+    def _encode(self, texts: list[str]) -> list[Tensor]:
+        embeds = self.encode(texts)
+        if embeds.ndim != 2 or len(embeds) != len(texts) or not embeds.isfinite().all():
+            raise ValueError(
+                f"{self} must encode {len(texts)} texts as one finite vector each, [{len(texts)}, width], but "
+                f"returned {tuple(embeds.shape)} with {(~embeds.isfinite()).sum()} numbers that are not finite."
+            )
+        # Clones, because encoders return tensors made in inference mode, which no graph can hold.
+        return [embedding.clone() for embedding in embeds.detach().float().cpu()]
 
     def __str__(self) -> str:
         return f"{type(self).__name__} {self.name!r}" if self.name else type(self).__name__
@@ -74,32 +88,39 @@ class InstructionEncoder(ABC):
 class BackboneEncoder(InstructionEncoder):
     """The model itself, frozen and without adapters: the mean of its last hidden states over the tokens of a text.
 
-    An encoder-decoder model encodes with its encoder.
+    An encoder-decoder model encodes with its encoder. While it encodes, the adapters are off for all threads.
 
     Args:
         model: a transformers model, wrapped by PEFT or not.
         tokenizer: its tokenizer.
+        reference: texts whose mean embedding is subtracted; none by default. With `REFERENCE`, a built-in list of
+            instructions that say little, it is the encoder that configurations call "backbone-centred".
 
     Raises:
         TypeError: for a model of another kind.
     """
 
-    name = BACKBONE
-
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, reference: Sequence[str] = ()) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(base, PreTrainedModel):
             raise TypeError(
                 f"BackboneEncoder needs a transformers model, which has hidden states of text, got "
                 f"{type(base).__name__}. Take another encoder, or pass embeddings."
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.reference = tokenizer, tuple(reference)
+        self.name = {(): BACKBONE, REFERENCE: CENTRED}.get(self.reference)
         self.model: Any = base.get_encoder() if base.config.is_encoder_decoder else base.base_model
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         with _frozen(self.model), torch.autocast(self.model.device.type, enabled=False):
-            return torch.stack([self._mean_state(text) for text in texts])  # one by one: no padding, no batch mates
+            states = torch.stack([self._mean_state(text) for text in texts])  # one by one: no padding, no batch mates
+            return states - self._common.to(states) if self.reference else states
+
+    @cached_property
+    def _common(self) -> Tensor:
+        """Mean [d_c] of the reference's states."""
+        return torch.stack([self._mean_state(text) for text in self.reference]).mean(0)
 
     def _mean_state(self, text: str) -> Tensor:
         inputs = self.tokenizer(text, return_tensors="pt").to(self.model.device)
@@ -127,17 +148,20 @@ class SentenceEncoder(InstructionEncoder):
 
 
 def load_encoder(name: str, revision: str | None, model: nn.Module) -> InstructionEncoder:
-    """The encoder that a configuration calls `name`; "backbone" is `model` itself.
+    """The encoder that a configuration calls `name`; "backbone" and "backbone-centred" are `model` itself.
 
     Raises:
         ValueError: if it cannot be loaded by its name.
     """
     try:
-        if name != BACKBONE:
+        if name not in (BACKBONE, CENTRED):
             return SentenceEncoder(name, revision)
-        return BackboneEncoder(model, AutoTokenizer.from_pretrained(getattr(model, "name_or_path", "")))
+        tokenizer = AutoTokenizer.from_pretrained(getattr(model, "name_or_path", ""))
+        return BackboneEncoder(model, tokenizer, REFERENCE if name == CENTRED else ())
     except (ImportError, OSError, TypeError, ValueError) as error:
-        own = "BackboneEncoder(model, tokenizer)" if name == BACKBONE else "SentenceEncoder(folder)"
+        own = {BACKBONE: "BackboneEncoder(model, tokenizer)"}.get(name, "SentenceEncoder(folder)")
+        if name == CENTRED:
+            own = "BackboneEncoder(model, tokenizer, peft_queryable.reference_texts.REFERENCE)"
         raise ValueError(
             f"Instruction encoder {name!r} cannot be loaded by its name. Pass `encoder={own}` or an encoder of your "
             f"own, or pass embeddings. What went wrong: {error}"

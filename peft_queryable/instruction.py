@@ -1,15 +1,15 @@
-"""Where an adapter gets its instruction from: a block of calls, its own default, or a column of training data."""
+"""Where an adapter gets its instruction from: a block of calls, or its own default; `columns` has training data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .calls.model_call import check_embeds
+from .calls.instruction import check_embeds
 from .encoders import InstructionEncoder, embed_texts
 from .tuner.model import QueryableLoraModel
 
@@ -28,7 +28,7 @@ def use_instructions(
     Args:
         model: a `PeftModel` with Queryable LoRA.
         texts: one text for all rows, or a list of one for each row of a call; None, for a row or all of them, is no
-            instruction. Or embeddings [1, d_c] or [batch, d_c].
+            instruction. Or embeddings [1, d_c] or [batch, d_c]. Where rows are packed, one for each sequence.
         encoder: default: the one that the adapter's configuration names.
         adapter_names: the adapters that follow; default: those active now.
 
@@ -74,46 +74,6 @@ def set_default_instruction(
     config.default_instruction = instruction if isinstance(instruction, str) else None
     if encoder is not None and isinstance(instruction, str):
         config.instruction_encoder, config.instruction_encoder_revision = encoder.name, encoder.revision
-
-
-class InstructionCollator:
-    """A data collator that turns a column of texts into `instruction_embeds` [batch, d_c].
-
-    A text of None is no instruction. Trainers drop the column unless `remove_unused_columns=False`. For data loaders
-    with workers, encode all texts beforehand: `encoder(dataset.unique("instruction"))`.
-
-    Args:
-        collator: makes the rest of the batch.
-        encoder: encodes the texts.
-        column: name of the column.
-
-    Raises:
-        ValueError: if an example has no such column, or if `collator` packs several examples into a row.
-    """
-
-    def __init__(
-        self,
-        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-        encoder: InstructionEncoder,
-        column: str = "instruction",
-    ) -> None:
-        self.collator, self.encoder, self.column = collator, encoder, column
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        if missing := [example for example in features if self.column not in example]:
-            raise ValueError(
-                f"An example has no column {self.column!r}; it has {sorted(missing[0])}. Give the trainer "
-                "`remove_unused_columns=False`, and `packing=False`: a packed row has many instructions."
-            )
-        batch = self.collator([{k: v for k, v in example.items() if k != self.column} for example in features])
-        rows = next(len(value) for value in batch.values() if isinstance(value, Tensor))
-        if rows != len(features):
-            raise ValueError(
-                f"The collator made {rows} rows of {len(features)} examples, but a row takes one instruction. Use "
-                "`padding_free=False` and `packing=False`."
-            )
-        embeds = embed_texts(self.encoder, [example[self.column] for example in features])
-        return {**batch, "instruction_embeds": embeds}
 
 
 def embed_instruction(

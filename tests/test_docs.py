@@ -38,6 +38,7 @@ WRITERS = {
     "report.py",
     "page.py",
     "plots.py",
+    "reference_texts.py",
 }  # what they write is no error, but for what they raise
 
 # Code

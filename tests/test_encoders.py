@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from helpers.encoders import Counting
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_queryable import BackboneEncoder, SentenceEncoder
 from peft_queryable.encoders import embed_texts, load_encoder
+from peft_queryable.reference_texts import REFERENCE
 
 TEXTS = ["w3 w4 w5", "w9 w8 w7 w6 w5 w4", "w3"]
 
@@ -177,3 +182,47 @@ def test_real_sentence_encoder():
     )
     assert encoder.width == 384
     assert add @ paraphrase > add @ other + 0.2
+
+
+def test_centred_backbone(tmp_path):
+    """The mean state of the reference is taken away; a reloaded model gives the same numbers."""
+    base = llama()
+    base.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    encoder = BackboneEncoder(base, tokenizer(), ["w4 w5", "w6"])
+    plain = BackboneEncoder(base, tokenizer())
+    torch.testing.assert_close(encoder(TEXTS), plain(TEXTS) - plain(["w4 w5", "w6"]).mean(0))
+    assert encoder.name is None and plain.name == "backbone"
+    first, again = (load_encoder("backbone-centred", None, type(base).from_pretrained(tmp_path)) for _ in range(2))
+    assert first.name == "backbone-centred"
+    assert torch.equal(first(TEXTS), again(TEXTS))
+    torch.testing.assert_close(first(TEXTS), plain(TEXTS) - plain(REFERENCE).mean(0))
+    model = adapted(base, target_modules=["q_proj"], instruction_encoder="backbone-centred")
+    assert model.peft_config["default"].instruction_dim == 32
+
+
+def test_memory_is_bounded():
+    """Of more texts than are remembered, those used last stay; a call gets all of its own."""
+    encoder = Counting()
+    encoder.remembered = 2
+    assert encoder(["a", "bb", "ccc"]).tolist() == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
+    encoder(["bb"])
+    encoder(["dddd"])
+    assert encoder(["bb", "dddd"]).tolist() == [[2.0] * 3, [4.0] * 3]
+    assert encoder.seen == ["a", "bb", "ccc", "dddd"]
+    encoder(["ccc"])
+    assert encoder.seen == ["a", "bb", "ccc", "dddd", "ccc"]
+    assert len(encoder._known) == 2
+
+
+def test_threads():
+    """Threads that ask for the same texts at once get the right ones, each encoded once."""
+    encoder = Counting()
+    names = ["a" * (1 + i) for i in range(20)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: encoder([names[i % 20], names[(i + 7) % 20]]), range(200)))
+    for i, embeds in enumerate(found):
+        assert embeds[:, 0].tolist() == [1 + i % 20, 1 + (i + 7) % 20]
+    assert sorted(encoder.seen) == sorted(names)
+    assert copy.deepcopy(encoder)(["a"]).tolist() == [[1.0] * 3]
+    assert pickle.loads(pickle.dumps(encoder))(["a"]).tolist() == [[1.0] * 3]

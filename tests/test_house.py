@@ -11,14 +11,14 @@ PACKAGE = TESTS.parent / "peft_queryable"
 
 # From the bottom up: a file may import from its own level and from those below it, never from above.
 LEVELS = (
-    ("version",),
+    ("version", "reference_texts"),
     ("method.",),
     ("calls.",),
     ("card", "config", "encoders"),
     ("tuner.",),
     ("instruction", "tracing", "metrics", "statistics", "findings", "plots", "command"),
     ("routes",),
-    ("callbacks", "check.", "export.", "inspect."),
+    ("callbacks", "columns", "check.", "export.", "inspect."),
     ("__init__", "__main__"),
 )
 

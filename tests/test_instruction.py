@@ -457,8 +457,12 @@ def test_collator(encoder):
     with pytest.raises(ValueError, match=r"no column 'task'; it has \['input_ids', 'instruction'\].*remove_unused"):
         renamed(examples)
     packing = InstructionCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True), encoder)
-    with pytest.raises(ValueError, match=r"1 rows of 2 examples.*`padding_free=False`"):
-        packing(examples)
+    row = packing(examples)
+    assert row["input_ids"].tolist() == [[3, 4, 5, 6]]
+    assert torch.equal(row["instruction_embeds"], batch["instruction_embeds"])
+    concatenating = InstructionCollator(lambda features: {"input_ids": torch.zeros(1, 4)}, encoder)
+    with pytest.raises(ValueError, match=r"made 1 sequences in 1 rows for 2 instructions"):
+        concatenating(examples)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:trl", "ignore::FutureWarning:trl")

@@ -42,7 +42,7 @@ class AdapterCall:
         self.length = 0  # tokens per row
         self.real: Tensor | None = None
         fixed = stack_call.fixed_routes(plan)
-        instruction = stack_call.instruction(plan) if fixed is None else None
+        instruction, sequences = stack_call.instruction(plan) if fixed is None else (None, None)
         self.is_static = not stack_call.model_call.reads_tokens(plan)  # such routes need to know of no token
         self.past = CachedRouting(id(plan.router))
         if not self.is_static:
@@ -58,9 +58,11 @@ class AdapterCall:
             tokens = Tokens() if self.is_static else stack_call.tokens(plan)
             if self.rows is not None:
                 tokens = tokens.of_rows(self.rows.index)
-                if instruction is not None and instruction.shape[0] > 1:
+                if sequences is not None:
+                    sequences = self.rows.select(sequences)
+                elif instruction is not None and instruction.shape[0] > 1:
                     instruction = self.rows.select(instruction)
-            self._prepare(tokens, instruction)
+            self._prepare(tokens, instruction, sequences)
 
     def _fixed(self, weights: Tensor) -> list[Route | None]:
         """The routes that mix the atoms by `weights` [B or 1, blocks, M] of the stack call."""
@@ -71,10 +73,12 @@ class AdapterCall:
         weights = (weights.to(zero) + zero).expand(self.batch, -1, -1)
         return [SequenceRoute.of(router.atoms, block) for block in weights.split(1, dim=1)]
 
-    def _prepare(self, tokens: Tokens, instruction: Tensor | None) -> None:
-        """Get ready to make routes."""
+    def _prepare(self, tokens: Tokens, instruction: Tensor | None, sequences: Tensor | None) -> None:
+        """Get ready to make routes; `sequences` [B, T] tells which instruction each token of packed rows follows."""
         plan = self.plan
         self.shared = plan.router.prepare(instruction)
+        if sequences is not None:
+            self.shared = self.shared.by_token(sequences)
         self.real, self.pool = tokens.real, Pool(plan.scope, tokens)
         # A block before this one has a mean that a later block reads.
         self.last_read = plan.num_blocks - 1 if plan.router.uses_depth else 0

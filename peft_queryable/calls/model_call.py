@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .arguments import bind, parameter_names
 from .cache import cached_length, find_cache
 from .current import Current
+from .instruction import check_embeds, check_names, idle_instruction
 from .plan import Plan
 from .record import Recorder
 from .rows import name_rows
@@ -27,7 +28,8 @@ class ModelCall:
         labels: [B, T], -100 where unsupervised, aligned with the tokens they are the targets of.
         prompt_mask: [B, T] bool or 0/1, True for prompt tokens.
         prompt_length: in `generate`, the number of leading tokens that are the prompt; None outside.
-        instruction_embeds: embeddings e(c) passed to the call, [B, d_c] or [1, d_c].
+        instruction_embeds: embeddings e(c) passed to the call, [n, d_c]: one, one for each row, or one for each
+            sequence of packed rows.
         instructions: by adapter, the embeddings of the innermost `use_instructions` block; None outside of one.
         routes: by adapter whose routes are fixed, their weights over the atoms, [1, blocks, M] or a set for each row.
         adapter_names: [B], the adapter of each row in a batch of several, "__base__" for rows without one; None for a
@@ -57,15 +59,21 @@ class ModelCall:
         """The adapter of each of `batch` rows, or None for a batch of the active adapters."""
         return name_rows(self.adapter_names, batch, may_repeat=self.is_generating)
 
-    def instruction(self, plan: Plan, batch: int) -> Tensor | None:
-        """The embeddings that an adapter follows in a call of `batch` rows, [B or 1, d_c]; None for its default.
+    def instruction(self, plan: Plan) -> Tensor | None:
+        """The embeddings that an adapter follows, [n, d_c] as they were given; None for its default.
 
         Raises:
-            ValueError: if there is another number of instructions than rows, or if a block of instructions is open
-                that was not entered for this adapter.
+            ValueError: if a block of instructions is open that was not entered for this adapter.
         """
-        embeds = self._given_instruction(plan)
-        return None if embeds is None else self._by_row(embeds, batch, "instructions")
+        if self.instruction_embeds is not None or self.instructions is None:
+            return self.instruction_embeds
+        if plan.adapter_name not in self.instructions and plan.router.settings.instruction_dim is not None:
+            raise ValueError(
+                f"The block of instructions was entered for adapters {sorted(self.instructions)}, and "
+                f"{plan.adapter_name!r} has been set since. Enter it after `set_adapter`, or name the adapters in its "
+                "`adapter_names`."
+            )
+        return self.instructions.get(plan.adapter_name)
 
     def reads_tokens(self, plan: Plan) -> bool:
         """Whether an adapter's routes depend on the tokens of the call."""
@@ -83,12 +91,16 @@ class ModelCall:
         if weights is None:
             return None
         if self.instruction_embeds is not None or plan.adapter_name in (self.instructions or {}):
-            raise _idle_instruction(plan.adapter_name)
+            raise idle_instruction(plan.adapter_name)
         weights = weights[:, plan.first_block : plan.first_block + plan.num_blocks]
-        return self._by_row(weights, batch, "sets of routes")
+        return self.by_row(weights, batch, "sets of routes")
 
-    def _by_row(self, x: Tensor, batch: int, what: str) -> Tensor:
-        """`x` [n, ...] for a call of `batch` rows: as it is, or repeated as `generate` repeats rows."""
+    def by_row(self, x: Tensor, batch: int, what: str) -> Tensor:
+        """`x` [n, ...] for a call of `batch` rows: as it is, or repeated as `generate` repeats rows.
+
+        Raises:
+            ValueError: for another number n than 1 and that of the rows.
+        """
         rows = x.shape[0]
         if self.is_generating and batch % rows == 0:
             return x.repeat_interleave(batch // rows, dim=0)
@@ -98,17 +110,6 @@ class ModelCall:
                 "batch."
             )
         return x
-
-    def _given_instruction(self, plan: Plan) -> Tensor | None:
-        if self.instruction_embeds is not None or self.instructions is None:
-            return self.instruction_embeds
-        if plan.adapter_name not in self.instructions and plan.router.settings.instruction_dim is not None:
-            raise ValueError(
-                f"The block of instructions was entered for adapters {sorted(self.instructions)}, and "
-                f"{plan.adapter_name!r} has been set since. Enter it after `set_adapter`, or name the adapters in its "
-                "`adapter_names`."
-            )
-        return self.instructions.get(plan.adapter_name)
 
 
 class ModelHooks:
@@ -174,6 +175,7 @@ class ModelHooks:
         labels = arguments.get("labels")
         if self.is_encoder_decoder and labels is not None:
             labels = F.pad(labels, (1, -1), value=IGNORE_INDEX)  # there, a label is the next input token
+        check_names(kwargs, self.parameters)
         prompt_mask = kwargs.pop("prompt_mask", None)
         instruction = kwargs.pop("instruction_embeds", None)
         outer = self.call
@@ -212,6 +214,7 @@ class ModelHooks:
             ValueError: unless every scope has a route per token, for chunked prefill, classifier-free guidance and a
                 cache that is already filled.
         """
+        check_names(kwargs, self.parameters)
         self._check_generation(kwargs)
         self._check_instruction(instruction_embeds)
         prompt_length = self._prompt_length(args, kwargs)
@@ -268,29 +271,6 @@ class ModelHooks:
 
     def _check_instruction(self, embeds: Tensor | None) -> None:
         if told := self.merged if embeds is not None else self.merged & set(self.call.instructions or ()):
-            raise _idle_instruction(min(told))
+            raise idle_instruction(min(told))
         for plan in self.active_plans() if embeds is not None else ():
             check_embeds(embeds, plan.adapter_name, plan.router.settings.instruction_dim, "`instruction_embeds`")
-
-
-def _idle_instruction(adapter_name: str) -> ValueError:
-    return ValueError(
-        f"An instruction was given, but the routes of adapter {adapter_name!r} are fixed, so it would change nothing. "
-        "Leave the instruction out, or fix the routes that it chooses: `instruction_routes(model, text)`."
-    )
-
-
-def check_embeds(embeds: Any, adapter_name: str, dim: int | None, source: str) -> None:
-    """Raise a ValueError unless `embeds`, which came from `source`, are instruction embeddings [n, `dim`]."""
-    if dim is None:
-        raise ValueError(
-            f"{source} was given, but adapter {adapter_name!r} takes no instruction: it was made with "
-            "`instruction_dim=None`. Leave the instruction out, or train an adapter with `instruction_encoder` or "
-            "`instruction_dim`."
-        )
-    if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[1] != dim:
-        shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-        raise ValueError(
-            f"{source} must be a tensor of shape [batch, {dim}] or [1, {dim}] for adapter {adapter_name!r}, got "
-            f"{shape}."
-        )

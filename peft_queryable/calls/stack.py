@@ -115,7 +115,7 @@ class Stack:
             is_checkpointing=owner.training and self._bind_checkpoints(),
         )
         stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
-        if self.is_loose and routed:
+        if self.is_loose and (routed or any(stack_call.has_packed_instructions(plan) for plan in plans)):
             running = None if self.holder is None else self.holder.current.call
             held_by = running.stack_call if isinstance(running, RunningCall) else None
             stack_call = stack_call.reading(held_by)

@@ -18,7 +18,7 @@ from .cache import cached_length, find_cache
 from .model_call import ModelCall
 from .plan import Plan
 from .rows import Rows
-from .tokens import has_tokens, read_tokens
+from .tokens import has_tokens, packed_segments, read_tokens, sequence_index
 
 _TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "hidden_states")
 
@@ -173,9 +173,44 @@ class StackCall:
         """The weights of an adapter's fixed routes, [B or 1, blocks, M]; None if they are not fixed."""
         return self.model_call.fixed_routes(plan, self.batch)
 
-    def instruction(self, plan: Plan) -> Tensor | None:
-        """The embeddings that an adapter follows, [B, d_c] or [1, d_c]; None for its default."""
-        return self.model_call.instruction(plan, self.batch)
+    def instruction(self, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+        """The embeddings that an adapter follows, and which of them each token of packed rows follows.
+
+        Returns:
+            [B, d_c] or [1, d_c], and None; or [n, d_c] for n packed sequences, and their indices [B, T]. None and None
+            for its default.
+
+        Raises:
+            ValueError: for another number of instructions.
+        """
+        embeds = self.model_call.instruction(plan)
+        if embeds is None:
+            return None, None
+        index = self._sequence_index() if len(embeds) > 1 else None
+        if index is None:
+            return self.model_call.by_row(embeds, self.batch, "instructions"), None
+        if torch.compiler.is_compiling():
+            message = f"{len(embeds)} instructions were given for another number of packed sequences."
+            torch._assert_async(index[-1, -1] + 1 == len(embeds), message)
+        elif (sequences := int(index[-1, -1]) + 1) != len(embeds):
+            raise ValueError(
+                f"{len(embeds)} instructions were given for {sequences} sequences packed in {self.batch} rows: give "
+                "one, or one for each sequence in order. Padding at the end of a packed row counts as `position_ids`, "
+                "`seq_idx` or `cu_seq_lens_q` say."
+            )
+        return embeds, index
+
+    def has_packed_instructions(self, plan: Plan) -> bool:
+        """Whether an adapter was given instructions in a number that only the sequences of packed rows can have."""
+        embeds = self.model_call.instruction(plan)
+        return embeds is not None and not self.model_call.is_generating and len(embeds) not in (1, self.batch)
+
+    def _sequence_index(self) -> Tensor | None:
+        """The index [B, T] of each token's sequence among those of all rows; None unless rows are packed."""
+        if self.model_call.is_generating or isinstance(self.past, Tensor) or self.past > 0:
+            return None
+        segments = packed_segments(self.arguments, self.batch, self.length)
+        return None if segments is None else sequence_index(segments)
 
 
 _seen: weakref.WeakSet[Router] = weakref.WeakSet()  # whose first prompts in training have been looked at

@@ -198,6 +198,12 @@ def packed_segments(kwargs: Mapping[str, Any], batch: int, length: int | None = 
     return torch.nn.functional.pad(restarts, (1, 0)).cumsum(-1).expand(batch, -1)
 
 
+def sequence_index(segments: Tensor) -> Tensor:
+    """The index [B, T] of each token's sequence among those of all rows, row by row, from its `segments` [B, T]."""
+    is_first = torch.nn.functional.pad(torch.diff(segments, dim=-1) != 0, (1, 0), value=True)
+    return is_first.flatten().cumsum(0).view(segments.shape) - 1
+
+
 def prompt_tokens(
     labels: Tensor | None, prompt_mask: Tensor | None, real: Tensor | None = None, segments: Tensor | None = None
 ) -> Tensor | None:

@@ -82,8 +82,9 @@ class SharedTerms:
 
     Args:
         keys: RMSNorm(k_m), [M, d_k].
-        instruction_query: the instruction's term of every query, lambda Q_ctx e(c), [B or 1, 1, d_k]; None without it.
-        instruction_logits: the instruction's term of every logit, tau rho, [B or 1, 1, M]; None without it.
+        instruction_query: the instruction's term of every query, lambda Q_ctx e(c), [B or 1, 1 or T, d_k]; None
+            without it.
+        instruction_logits: the instruction's term of every logit, tau rho, [B or 1, 1 or T, M]; None without it.
     """
 
     keys: Tensor
@@ -93,6 +94,11 @@ class SharedTerms:
     def map(self, function: Callable[[Tensor], Tensor]) -> SharedTerms:
         terms = (None if t is None else function(t) for t in (self.instruction_query, self.instruction_logits))
         return SharedTerms(function(self.keys), *terms)
+
+    def by_token(self, index: Tensor) -> SharedTerms:
+        """The terms of n instructions, each [n, 1, ...], by the token that follows them: `index` [B, T]."""
+        terms = (self.instruction_query, self.instruction_logits)
+        return SharedTerms(self.keys, *(None if t is None else t[index.to(t.device), 0] for t in terms))
 
 
 class Router(nn.Module):
@@ -170,7 +176,8 @@ class Router(nn.Module):
         """The terms that all blocks of a call share.
 
         Args:
-            instruction: embedding e(c), [B, d_c] or [1, d_c]; None takes the adapter's default, which is 0 unless set.
+            instruction: embeddings e(c), [B, d_c] or [1, d_c], or [n, d_c] for `SharedTerms.by_token`; None takes the
+                adapter's default, which is 0 unless set.
         """
         with without_autocast(self.keys.weight):
             keys = rms_norm(self.keys.weight.to(self.dtype))  # [M, d_k]

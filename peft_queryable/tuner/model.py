@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..calls.model_call import ModelHooks
 from ..calls.plan import Plan
 from ..config import MOVING_INITIALISATIONS, QueryableLoraConfig
-from ..encoders import BACKBONE, InstructionEncoder, load_encoder
+from ..encoders import BACKBONE, CENTRED, InstructionEncoder, load_encoder
 from ..method.router import Router
 from .layer import Linear, QueryableLoraLayer
 from .layout import Layout, Stacks, remove_hooks
@@ -112,7 +112,7 @@ class QueryableLoraModel(MergingTuner):
         name = config.instruction_encoder
         if name is None or config.instruction_dim is not None:
             return
-        if name == BACKBONE and isinstance(self.model, PreTrainedModel):
+        if name in (BACKBONE, CENTRED) and isinstance(self.model, PreTrainedModel):
             config.instruction_dim = self.model.config.get_text_config().hidden_size
         else:
             config.instruction_dim = self._encoder(name, config.instruction_encoder_revision).width

@@ -16,8 +16,8 @@ python -m recipes.instructions --instruction_in_prompt
 # A larger model, on a GPU
 python -m recipes.instructions --config recipes/instructions/gpu.yaml
 
-What differs from recipes/sft: `instruction_encoder` in the configuration, a collator around the trainer's that embeds
-a column of texts, and `with use_instructions(model, ...)` around calls afterwards.
+What differs from recipes/sft: `instruction_encoder` in the configuration, `use_instruction_column(trainer)`, and
+`with use_instructions(model, ...)` around calls afterwards.
 """
 
 import json
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from trl import ModelConfig, SFTConfig
 
-from peft_queryable import InstructionCollator, record_routing, use_instructions
+from peft_queryable import record_routing, use_instruction_column, use_instructions
 from recipes.common.arguments import DEFAULTS, QueryableArguments, RecipeParser, adapter_configs, like, parse_recipe
 from recipes.common.evaluate import ScoreArguments, load, score
 from recipes.common.finetune import finetune, make_trainer
@@ -76,7 +76,7 @@ def main(data_args, score_args, queryable_args, model_args, training_args):
         config = adapter_configs(model_args, queryable_args)["queryable"]
         trainer = make_trainer(output, config, train, training_args, model_args)
         encoder = trainer.model.base_model.instruction_encoder("default")
-        trainer.data_collator = InstructionCollator(trainer.data_collator, encoder)
+        use_instruction_column(trainer)
         if "training" not in progress.results:
             progress.add("training", finetune(trainer, checkpoint))
 

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from peft_queryable import InstructionCollator, RouteStatistics, record_routing
+from peft_queryable import RouteStatistics, record_routing, use_instruction_column
 from peft_queryable.metrics import information
 from recipes.common.finetune import make_trainer
 from recipes.common.minilm import minilm_folder
@@ -147,8 +147,7 @@ def finetune(args: Arguments, run: Run, steps: Queue) -> dict[str, Any]:
         )
         model = trainer.model
         if is_told:
-            encoder = model.base_model.instruction_encoder("default")
-            trainer.data_collator = InstructionCollator(trainer.data_collator, encoder)
+            use_instruction_column(trainer)
         trainer.add_callback(StepCounter(steps))
         start = time.perf_counter()
         trainer.train()

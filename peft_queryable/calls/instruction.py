@@ -1,0 +1,47 @@
+"""What the instruction of a call has to be, and under which name it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+def check_names(keywords: Iterable[str], known: Container[str]) -> None:
+    """Raise a TypeError for a misspelt `instruction_embeds`, which models with a `**kwargs` would pass on in silence.
+
+    Args:
+        keywords: names of the arguments of a call.
+        known: parameters of the model itself.
+    """
+    for name in keywords:
+        if "instr" in name and name != "instruction_embeds" and name not in known:
+            raise TypeError(
+                f"The model was called with `{name}`, which neither it nor its adapters know. An instruction is "
+                "passed as `instruction_embeds=encoder([text])`, or given by `use_instructions(model, text)`."
+            )
+
+
+def idle_instruction(adapter_name: str) -> ValueError:
+    """The error of an instruction for an adapter whose routes are fixed."""
+    return ValueError(
+        f"An instruction was given, but the routes of adapter {adapter_name!r} are fixed, so it would change nothing. "
+        "Leave the instruction out, or fix the routes that it chooses: `instruction_routes(model, text)`."
+    )
+
+
+def check_embeds(embeds: Any, adapter_name: str, dim: int | None, source: str) -> None:
+    """Raise a ValueError unless `embeds`, which came from `source`, are instruction embeddings [n, `dim`]."""
+    if dim is None:
+        raise ValueError(
+            f"{source} was given, but adapter {adapter_name!r} takes no instruction: it was made with "
+            "`instruction_dim=None`. Leave the instruction out, or train an adapter with `instruction_encoder` or "
+            "`instruction_dim`."
+        )
+    if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[1] != dim:
+        shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ValueError(
+            f"{source} must be a tensor of shape [batch, {dim}] or [1, {dim}] for adapter {adapter_name!r}, got "
+            f"{shape}."
+        )
