@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls.model_call import check_embeds
+from .calls.embeds import check_embeds
 from .encoders import InstructionEncoder, embed_texts
 from .tuner.model import QueryableLoraModel
 

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from .arguments import bind, parameter_names
 from .cache import cached_length, find_cache
 from .current import Current
+from .embeds import check_embeds, idle_instruction
+from .paged import Filling, PagedCall, check_requests, init_manager
 from .plan import Plan
 from .record import Recorder
 from .rows import name_rows
@@ -35,6 +37,7 @@ class ModelCall:
         attention_mask: [B, S], the outermost call's; None if it is of another kind.
         ended: calls of stacks that have ended within this call, in order; None outside of a call.
         recorders: called with a [`RoutedCall`] for each adapter when a stack's call ends.
+        paged: of a step of continuous batching, its requests; None in all other calls.
     """
 
     labels: Tensor | None = None
@@ -47,6 +50,7 @@ class ModelCall:
     attention_mask: Tensor | None = None
     ended: list[Any] | None = None
     recorders: tuple[Recorder, ...] = ()
+    paged: PagedCall | None = None
 
     @property
     def is_generating(self) -> bool:
@@ -83,7 +87,7 @@ class ModelCall:
         if weights is None:
             return None
         if self.instruction_embeds is not None or plan.adapter_name in (self.instructions or {}):
-            raise _idle_instruction(plan.adapter_name)
+            raise idle_instruction(plan.adapter_name)
         weights = weights[:, plan.first_block : plan.first_block + plan.num_blocks]
         return self._by_row(weights, batch, "sets of routes")
 
@@ -135,12 +139,12 @@ class ModelHooks:
         ]
         self.base_methods: dict[str, Any] = {}
         self.own_methods: dict[str, Any] = {}  # patches that were there before, for example TRL's
-        for name, method in (("generate", self.generate), ("init_continuous_batching", self.refuse_batching)):
+        for name in ("generate", "generate_batch", "init_continuous_batching"):
             if hasattr(model, name):
                 self.base_methods[name] = getattr(model, name)
                 if name in vars(model):
                     self.own_methods[name] = vars(model)[name]
-                setattr(model, name, method)
+                setattr(model, name, getattr(self, name))
 
     def remove(self, model: nn.Module) -> None:
         """Leave `model` as it was."""
@@ -176,7 +180,8 @@ class ModelHooks:
             labels = F.pad(labels, (1, -1), value=IGNORE_INDEX)  # there, a label is the next input token
         prompt_mask = kwargs.pop("prompt_mask", None)
         instruction = kwargs.pop("instruction_embeds", None)
-        outer = self.call
+        paged = PagedCall.of(kwargs)
+        outer = self.call if paged is None else paged.filling.current(self.active_plans(), self.outside)
         if outer.is_generating:  # this is one of its steps, and it was given the instruction
             instruction = outer.instruction_embeds
         else:
@@ -191,6 +196,7 @@ class ModelHooks:
                 routes=outer.routes,
                 adapter_names=outer.adapter_names,
                 recorders=outer.recorders,
+                paged=paged,
                 ended=[],
                 attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             )
@@ -218,19 +224,28 @@ class ModelHooks:
         with self.entered(prompt_length=prompt_length, instruction_embeds=instruction_embeds):
             return self.base_methods["generate"](*args, **kwargs)
 
-    def refuse_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `init_continuous_batching`, for adapters whose routes depend on no token.
+    def generate_batch(self, *args: Any, instruction_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate_batch`, under the instruction and the fixed routes that hold where it is called.
+
+        Args:
+            instruction_embeds: [1, d_c], for all requests.
 
         Raises:
-            ValueError: for all others: its paged cache cannot carry what their routes need of earlier tokens.
+            ValueError: as `init_continuous_batching` does; also for `adapter_names`, which transformers ignores.
         """
-        if names := sorted({plan.adapter_name for plan in self.active_plans() if self.outside.reads_tokens(plan)}):
-            raise ValueError(
-                "Continuous batching (`generate_batch`, TRL's `use_transformers_continuous_batching`) cannot run "
-                f"adapters {names}: its paged cache cannot carry what their routes need of earlier tokens. Use "
-                "`generate`."
-            )
-        return self.base_methods["init_continuous_batching"](*args, **kwargs)
+        check_requests(kwargs)
+        self._check_instruction(instruction_embeds)
+        with self.entered(instruction_embeds=instruction_embeds):
+            return self.base_methods["generate_batch"](*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `init_continuous_batching`, whose cache then carries routes; see [`init_manager`](paged.py).
+
+        Raises:
+            ValueError: for adapters, instructions, routes and settings that it cannot run exactly.
+        """
+        filling = Filling(tuple(self.active_plans()), replace(self.call, recorders=()), self.outside)
+        return init_manager(self.base_methods["init_continuous_batching"], args, kwargs, filling)
 
     def _prompt_length(self, args: tuple, kwargs: dict[str, Any]) -> int:
         names = ("decoder_input_ids",) if self.is_encoder_decoder else ("input_ids", "inputs", "inputs_embeds")
@@ -268,29 +283,6 @@ class ModelHooks:
 
     def _check_instruction(self, embeds: Tensor | None) -> None:
         if told := self.merged if embeds is not None else self.merged & set(self.call.instructions or ()):
-            raise _idle_instruction(min(told))
+            raise idle_instruction(min(told))
         for plan in self.active_plans() if embeds is not None else ():
             check_embeds(embeds, plan.adapter_name, plan.router.settings.instruction_dim, "`instruction_embeds`")
-
-
-def _idle_instruction(adapter_name: str) -> ValueError:
-    return ValueError(
-        f"An instruction was given, but the routes of adapter {adapter_name!r} are fixed, so it would change nothing. "
-        "Leave the instruction out, or fix the routes that it chooses: `instruction_routes(model, text)`."
-    )
-
-
-def check_embeds(embeds: Any, adapter_name: str, dim: int | None, source: str) -> None:
-    """Raise a ValueError unless `embeds`, which came from `source`, are instruction embeddings [n, `dim`]."""
-    if dim is None:
-        raise ValueError(
-            f"{source} was given, but adapter {adapter_name!r} takes no instruction: it was made with "
-            "`instruction_dim=None`. Leave the instruction out, or train an adapter with `instruction_encoder` or "
-            "`instruction_dim`."
-        )
-    if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[1] != dim:
-        shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-        raise ValueError(
-            f"{source} must be a tensor of shape [batch, {dim}] or [1, {dim}] for adapter {adapter_name!r}, got "
-            f"{shape}."
-        )

@@ -20,6 +20,7 @@ class Plan:
         num_blocks: number of blocks of the stack.
         mixed: pattern of those of its modules that may see tokens of several kinds together, which no mask of the
             call is known to be about; "" if there are none.
+        is_loose: whether the stack stands outside every list of layers.
     """
 
     adapter_name: str
@@ -28,3 +29,9 @@ class Plan:
     first_block: int
     num_blocks: int
     mixed: str = ""
+    is_loose: bool = False
+
+    @property
+    def last_read(self) -> int:
+        """Index of the first of the last blocks whose mean no later block reads: those before it have one that is."""
+        return self.num_blocks - 1 if self.router.uses_depth else 0

@@ -75,6 +75,8 @@ class StackCall:
             ValueError: if they cannot be known from the call's arguments, or if its scope needs a prompt and nothing
                 tells it in training.
         """
+        if self.model_call.paged is not None:
+            return Tokens(segments=self.model_call.paged.segments)  # its masks are about blocks of keys
         outer = self.model_call if self.takes_labels else ModelCall()
         tokens = read_tokens(
             self.inputs,
