@@ -182,7 +182,7 @@ class ModelHooks:
         instruction = kwargs.pop("instruction_embeds", None)
         paged = PagedCall.of(kwargs)
         outer = self.call if paged is None else paged.filling.current(self.active_plans(), self.outside)
-        if outer.is_generating:  # this is one of its steps, and it was given the instruction
+        if outer.is_generating or paged is not None:  # a step of what was given the instruction
             instruction = outer.instruction_embeds
         else:
             self._check_instruction(instruction)
@@ -239,7 +239,7 @@ class ModelHooks:
             return self.base_methods["generate_batch"](*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `init_continuous_batching`, whose cache then carries routes; see [`init_manager`](paged.py).
+        """The base model's `init_continuous_batching`, with a cache that carries what routes need.
 
         Raises:
             ValueError: for adapters, instructions, routes and settings that it cannot run exactly.

@@ -1,8 +1,8 @@
 """What routes need of earlier tokens, in the blocks of transformers' continuous batching.
 
-The running sums after a token are a function of the tokens up to it, as its keys and values are. So they are made a row
-of numbers that lies in the same block as these: the cache is built as if the model had some further layers, and their
-pages hold the rows. Whatever shares, copies, moves, drops or uses blocks anew does so with whole blocks.
+The running sums after a token are a function of the tokens up to it, as its keys and values are. So they are a row of
+numbers in the same block as these: the cache is built as if the model had some further layers, whose pages hold the
+rows. Whatever shares, copies, moves, drops or uses blocks anew does so with whole blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .plan import Plan
 
 _ATTRIBUTE = "queryable_lora_rows"  # of a paged cache
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_REMEDY = "Use `generate`, or `routing_scope='causal'` and adapted modules in the layers of the decoder alone."
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ class Filling:
 
 _CONTEXT = ("instruction_embeds", "instructions", "routes")
 _CHANGED = (
-    "The active adapters, an instruction or fixed routes have changed since the manager of continuous batching was made, "
-    "whose cache holds tokens that were routed as it was then. Make a new one: "
+    "The active adapters, an instruction or fixed routes have changed since the manager of continuous batching was "
+    "made, and tokens in its cache were routed as it was then. Make a new one: "
     "`model.destroy_cached_continuous_batching_manager()` if it is a persistent one, else `manager.stop()`, and then "
-    "`init_continuous_batching` or `generate_batch`."
+    "`generate_batch` or `init_continuous_batching` again."
 )
 
 
@@ -132,7 +131,7 @@ class PagedCall:
         group, bounds = rows.group, arguments["cu_seq_lens_q"].long()
         read, write = arguments["read_index"][group.index], arguments["write_index"][group.index]
         index = torch.arange(arguments["input_ids"].shape[1], device=bounds.device)
-        segments = torch.bucketize(index, bounds[1:], right=True)
+        segments = torch.bucketize(index, bounds[1:-1], right=True)  # padding comes last, and joins the last request
         past = last = None
         if len(read) > 0:
             # A request's indices are those of its cached tokens in order and then those of its new ones.
@@ -175,7 +174,7 @@ def row_dtype(plan: Plan) -> torch.dtype:
 
 
 def check_requests(arguments: Mapping[str, Any]) -> None:
-    """Raise a ValueError for `adapter_names` in the arguments of `generate_batch`, which takes any and uses no other."""
+    """Raise a ValueError for `adapter_names` among the arguments of `generate_batch`, which would ignore them."""
     if arguments.get("adapter_names") is not None:
         raise ValueError(
             "Continuous batching serves all requests by the active adapters and takes no `adapter_names`. Call "
@@ -213,10 +212,12 @@ def init_manager(init: Callable[..., Any], args: tuple, kwargs: dict[str, Any], 
 
 def check_filling(filling: Filling) -> None:
     """Raise a ValueError unless every request can be served alike, by a route for each token of a decoder."""
-    if names := sorted({plan.adapter_name for plan in filling.routed if not plan.scope.is_per_token or plan.is_loose}):
+    if others := [plan for plan in filling.routed if not plan.scope.is_per_token]:
+        names, scopes = sorted({p.adapter_name for p in others}), sorted({p.scope.name for p in others})
         raise ValueError(
-            "Continuous batching (`generate_batch`, TRL's `use_transformers_continuous_batching`) runs prompts in parts "
-            f"and heads on a part of the tokens, and so cannot run adapters {names}. {_REMEDY}"
+            "Continuous batching (`generate_batch`, TRL's `use_transformers_continuous_batching`) cannot run adapters "
+            f"{names} with routing scope {scopes}: it takes prompts in parts, and the route of the first part depends "
+            "on the last. Use `routing_scope='causal'`, or `generate`."
         )
     given = [filling.call.instruction_embeds, *(filling.call.instructions or {}).values()]
     sizes = [len(each) for each in (*given, *filling.call.routes.values()) if each is not None]
@@ -237,9 +238,6 @@ def known_paths(config: Any) -> Any:
     asked = {
         "use_cuda_graph": any(graphs) if isinstance(graphs, tuple) else graphs,
         "use_async_batching": config.use_async_batching,
-        "varlen_compile_config": config.varlen_compile_config,
-        "decode_compile_config": config.decode_compile_config,
-        "default_compile_level": config.default_compile_level,
     }
     if unknown := [name for name, value in asked.items() if value]:
         raise ValueError(

@@ -20,7 +20,6 @@ class Plan:
         num_blocks: number of blocks of the stack.
         mixed: pattern of those of its modules that may see tokens of several kinds together, which no mask of the
             call is known to be about; "" if there are none.
-        is_loose: whether the stack stands outside every list of layers.
     """
 
     adapter_name: str
@@ -29,7 +28,6 @@ class Plan:
     first_block: int
     num_blocks: int
     mixed: str = ""
-    is_loose: bool = False
 
     @property
     def last_read(self) -> int:

@@ -210,9 +210,7 @@ class Stacks:
             resolved = SCOPES["sequence"] if key.reads_memory else resolve_scope(scope, not stack.takes_labels)
             names = [name for names in names_by_layer for name in names]
             mixed = "" if key.reads_memory else mixed_modules(self.model, key.owner, names)
-            stack.plans[adapter_name] = Plan(
-                adapter_name, router, resolved, first_block, num_blocks, mixed, key.is_loose
-            )
+            stack.plans[adapter_name] = Plan(adapter_name, router, resolved, first_block, num_blocks, mixed)
             groups = entry_groups(names)
             for names, block in zip(names_by_layer, blocks, strict=True):
                 for name in names:

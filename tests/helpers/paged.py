@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def watch(model: PeftModel) -> Iterator[Watched]:
         patch.setattr(cls, name, spied)
 
     def look(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if "cu_seq_lens_q" not in kwargs:
+        if "cu_seq_lens_q" not in kwargs or not managers:  # a warm-up, before the start
             return
         batch = managers[-1].batch_processor.inputs_and_outputs.requests_in_batch
         seen.segments.append(kwargs["cu_seq_lens_q"].diff().tolist())
@@ -118,8 +119,7 @@ def alone(model: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> Ten
     cache = DynamicCache(config=model.config)
     bounds = [0, *range(len(prompt), ids.shape[1])]
     steps = [
-        outputs(model, {"input_ids": ids[:, a:b], CACHE: cache, "use_cache": True})[:, -1]
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        outputs(model, {"input_ids": ids[:, a:b], CACHE: cache, "use_cache": True})[:, -1] for a, b in pairwise(bounds)
     ]
     return torch.cat(steps)
 
