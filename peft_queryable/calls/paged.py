@@ -238,11 +238,14 @@ def known_paths(config: Any) -> Any:
     asked = {
         "use_cuda_graph": any(graphs) if isinstance(graphs, tuple) else graphs,
         "use_async_batching": config.use_async_batching,
+        "varlen_compile_config": config.varlen_compile_config,
+        "decode_compile_config": config.decode_compile_config,
+        "default_compile_level": config.default_compile_level,
     }
     if unknown := [name for name, value in asked.items() if value]:
         raise ValueError(
-            f"`{unknown[0]}` of the ContinuousBatchingConfig was never run with routes that depend on tokens, so its "
-            "numbers are not known to be right. Leave it out."
+            f"`{unknown[0]}` of the ContinuousBatchingConfig was not tested with routes that depend on tokens, so the "
+            "result is not known to be right. Leave it out."
         )
     config = copy.copy(config)
     # Without a block table each call says by index where its tokens lie.

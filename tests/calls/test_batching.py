@@ -31,12 +31,10 @@ def test_instructions():
     with use_instructions(model, text):
         run(model, given, settings(), batching())
         followed = alone(model, given[0], [3, 4])
+    config, held = settings(max_new_tokens=2), {"instruction_embeds": text.double()}
     with watch(model) as seen:
-        config = settings(max_new_tokens=2)
-        (result,) = model.generate_batch(
-            inputs=given[:1], generation_config=config, instruction_embeds=text.double()
-        ).values()
-    expected = model.generate(torch.tensor(given[:1]), generation_config=config, instruction_embeds=text.double())
+        (result,) = model.generate_batch(given[:1], config, batching(), **held).values()
+    expected = model.generate(torch.tensor(given[:1]), generation_config=config, **held)
     assert result.generated_tokens == expected[0, 3:].tolist()
     torch.testing.assert_close(seen.logits["req_0"][0], followed[0], rtol=0, atol=1e-10)
     assert (alone(model, given[0], [3, 4]) - followed).abs().max() > 0.1
@@ -76,16 +74,6 @@ def test_several_adapters(method):
 @pytest.mark.parametrize("terms", [["state"], ["depth"], []])
 def test_query_terms(terms):
     run(trained("queryable", query_terms=terms), prompts(3, 20, 7), settings(), batching())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_compiled_steps(method):
-    """Steps are padded for torch.compile, and padding changes nothing."""
-    torch.compiler.reset()
-    compiled = CompileConfig(backend="eager", mode="default", dynamic=True)
-    batch = batching(varlen_compile_config=compiled, q_padding_interval_size=8, kv_padding_interval_size=32)
-    seen = run(trained(method), prompts(3, 20), settings(max_new_tokens=3), batch)
-    assert any(0 in step for step in seen.segments)
 
 
 # The rows
@@ -146,11 +134,19 @@ def test_requests_of_their_own_are_refused():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"use_cuda_graph": True}, {"use_cuda_graph": (False, True)}, {"use_async_batching": True}]
+    "setting",
+    [
+        {"use_cuda_graph": True},
+        {"use_cuda_graph": (False, True)},
+        {"use_async_batching": True},
+        {"varlen_compile_config": CompileConfig()},
+        {"decode_compile_config": CompileConfig()},
+        {"default_compile_level": 1},
+    ],
 )
-def test_settings_that_were_never_run_are_refused(setting):
+def test_untested_settings_are_refused(setting):
     model, (name,) = trained("queryable"), setting
-    with pytest.raises(ValueError, match=f"`{name}` of the ContinuousBatchingConfig was never run"):
+    with pytest.raises(ValueError, match=f"`{name}` of the ContinuousBatchingConfig was not tested"):
         model.generate_batch(inputs=[[3]], continuous_batching_config=batching(**setting))
     assert model.config._attn_implementation == "sdpa"
 
