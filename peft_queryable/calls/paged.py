@@ -1,8 +1,8 @@
 """What routes need of earlier tokens, in the blocks of transformers' continuous batching.
 
-The running sums after a token are a function of the tokens up to it, as its keys and values are. So they are a row of
-numbers in the same block as these: the cache is built as if the model had some further layers, whose pages hold the
-rows. Whatever shares, copies, moves, drops or uses blocks anew does so with whole blocks.
+The running sums after a token, its *tally*, are a function of the tokens up to it, as its keys and values are. So it
+lies in the same block as these: the cache is built as if the model had some further layers, and their pages hold the
+tallies. Whatever shares, copies, moves, drops or uses blocks anew does so with whole blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 
 from .plan import Plan
 
-_ATTRIBUTE = "queryable_lora_rows"  # of a paged cache
+_ATTRIBUTE = "queryable_lora_tallies"  # of a paged cache
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -29,9 +29,9 @@ class Filling:
 
     Args:
         plans: how the active adapters route.
-        call: the [`ModelCall`] that says which instruction and which fixed routes hold; a manager calls the model in a
+        call: the [`ModelCall`] that says which instruction and which fixed routes hold: a manager calls the model in a
             thread of its own, which knows of none.
-        outside: the [`ModelCall`] of routes that are fixed outside of all blocks.
+        outside: the [`ModelCall`] of calls outside of all blocks, with the routes that are fixed for all threads.
     """
 
     plans: tuple[Plan, ...]
@@ -68,38 +68,39 @@ _CHANGED = (
 )
 
 
-class Rows:
-    """The rows of a paged cache, and under what it is filled.
+class Tallies:
+    """The tallies of a paged cache, and under what it is filled.
 
     Args:
         cache: a `PagedAttentionCache` that was built for further layers.
         filling: under what it is filled.
-        further: by plan, the number of further layers of its rows.
+        further: by plan, the number of further layers of its tallies.
     """
 
     def __init__(self, cache: Any, filling: Filling, further: Mapping[Plan, int]) -> None:
         self.filling = filling
         self.group = cache.layer_to_allocator[max(cache.layer_to_allocator)]
         layers = iter(self.group.layer_indices[-sum(further.values()) :] if further else ())
-        # Of each further layer what would be its keys and its values, as bytes [slots, bytes per token].
+        # What would be the keys, and the values, of each further layer: bytes [slots, bytes per token].
         self.pages = {
-            plan: [view.flatten(1).view(torch.uint8) for _ in range(number) for view in self._views(next(layers))]
+            plan: [
+                view.flatten(1).view(torch.uint8)
+                for _ in range(number)
+                for view in self.group._kv_token_views[next(layers)]
+            ]
             for plan, number in further.items()
         }
 
-    def _views(self, layer: int) -> Sequence[Tensor]:
-        return self.group._kv_token_views[layer]
-
     def read(self, plan: Plan, slots: Tensor) -> Tensor:
-        """The rows of a plan at `slots` [n]: [n, row]."""
+        """The tallies of a plan at `slots` [n]: [n, numbers]."""
         read = torch.cat([page.index_select(0, slots) for page in self.pages[plan]], dim=1)
-        dtype = row_dtype(plan)
+        dtype = tally_dtype(plan)
         return read[:, : sum(widths(plan).values()) * dtype.itemsize].contiguous().view(dtype)
 
-    def write(self, plan: Plan, slots: Tensor, rows: Tensor) -> None:
-        """Write `rows` [n, row] of a plan at `slots` [n]."""
+    def write(self, plan: Plan, slots: Tensor, tallies: Tensor) -> None:
+        """Write `tallies` [n, numbers] of a plan at `slots` [n]."""
         pages = self.pages[plan]
-        parts = rows.to(row_dtype(plan)).contiguous().view(torch.uint8).split(pages[0].shape[1], dim=1)
+        parts = tallies.to(tally_dtype(plan)).contiguous().view(torch.uint8).split(pages[0].shape[1], dim=1)
         for page, part in zip(pages, parts, strict=False):  # the last pages may stay empty
             page[:, : part.shape[1]].index_copy_(0, slots, part)
 
@@ -109,14 +110,14 @@ class PagedCall:
     """The requests of one call of continuous batching: T new tokens of n of them, one after another in one row.
 
     Args:
-        rows: the rows of its cache.
+        tallies: those of its cache.
         segments: [1, T] int64, index of each token's request.
         past: [n] bool, whether a request has cached tokens; None if none has any.
         last: [n] int64, slot of the last cached token of each request that has one.
         write: [T] int64, slot of each new token.
     """
 
-    rows: Rows
+    tallies: Tallies
     segments: Tensor
     past: Tensor | None
     last: Tensor | None
@@ -124,11 +125,11 @@ class PagedCall:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> PagedCall | None:
-        """The requests of a model's call with these keyword arguments; None without a cache that carries rows."""
-        rows = getattr(arguments.get("cache"), _ATTRIBUTE, None)
-        if rows is None:
+        """The requests of a model's call with these keyword arguments; None without a cache that carries tallies."""
+        tallies = getattr(arguments.get("cache"), _ATTRIBUTE, None)
+        if tallies is None:
             return None
-        group, bounds = rows.group, arguments["cu_seq_lens_q"].long()
+        group, bounds = tallies.group, arguments["cu_seq_lens_q"].long()
         read, write = arguments["read_index"][group.index], arguments["write_index"][group.index]
         index = torch.arange(arguments["input_ids"].shape[1], device=bounds.device)
         segments = torch.bucketize(index, bounds[1:-1], right=True)  # padding comes last, and joins the last request
@@ -138,24 +139,24 @@ class PagedCall:
             bounds_k = arguments["cu_seq_lens_k"][group.layer_type].long()
             cached = bounds_k.diff() - bounds.diff()
             past, last = cached > 0, read[(bounds_k[:-1] + cached - 1).clamp(min=0)]
-        return cls(rows, segments.unsqueeze(0), past, last, write)
+        return cls(tallies, segments.unsqueeze(0), past, last, write)
 
     @property
     def filling(self) -> Filling:
-        return self.rows.filling
+        return self.tallies.filling
 
     def load(self, plan: Plan) -> dict[str, Tensor]:
         """By name, the sums from which those of each token go on, [1, T, ...]; empty if no request has a past."""
         if self.past is None or self.last is None:
             return {}
-        rows = self.rows.read(plan, self.last).masked_fill(~self.past.unsqueeze(-1), 0)
+        found = self.tallies.read(plan, self.last).masked_fill(~self.past.unsqueeze(-1), 0)
         names = widths(plan)
-        return dict(zip(names, rows[self.segments].split(list(names.values()), dim=-1), strict=True))
+        return dict(zip(names, found[self.segments].split(list(names.values()), dim=-1), strict=True))
 
     def store(self, plan: Plan, sums: Mapping[str, Tensor]) -> None:
         """Keep the running sums after each token, [1, T, ...] by name, in the pages of its keys and values."""
-        rows = [sums[name][0].to(self.write.device) for name in widths(plan)]
-        self.rows.write(plan, self.write, torch.cat(rows, dim=-1))
+        parts = [sums[name][0].to(self.write.device) for name in widths(plan)]
+        self.tallies.write(plan, self.write, torch.cat(parts, dim=-1))
 
 
 def widths(plan: Plan) -> dict[str, int]:
@@ -165,7 +166,7 @@ def widths(plan: Plan) -> dict[str, int]:
     return {"count": 1} | {f"entry.{b}": rank for b in entries} | {f"mean.{b}": rank for b in means}
 
 
-def row_dtype(plan: Plan) -> torch.dtype:
+def tally_dtype(plan: Plan) -> torch.dtype:
     """Dtype of a plan's running sums."""
     return torch.promote_types(plan.router.keys.weight.dtype, torch.float32)
 
@@ -204,7 +205,7 @@ def init_manager(init: Callable[..., Any], args: tuple, kwargs: dict[str, Any], 
     manager = init(*args, **kwargs)
     made: Filling | None = vars(manager).get(_ATTRIBUTE)
     if made is None:
-        _carry_rows(manager, filling)
+        _carry_tallies(manager, filling)
     elif not made.equals(filling):
         raise ValueError(_CHANGED)
     return manager
@@ -254,30 +255,28 @@ def known_paths(config: Any) -> Any:
     return config
 
 
-def _carry_rows(manager: Any, filling: Filling) -> None:
-    """Have `manager` build its cache with the further layers that the rows of `filling` need."""
-    create = manager._create_batch_processor
+def _carry_tallies(manager: Any, filling: Filling) -> None:
+    """Have `manager` build its cache with the further layers that the tallies of `filling` need."""
 
     def create_batch_processor() -> Any:
         model = manager.model
-        config, further = with_rows(model.config.get_text_config(), model.dtype, filling.routed)
-        manager.model = _Like(model, config=_Like(model.config, get_text_config=lambda: config))
-        try:
-            processor = create()
-        finally:
-            manager.model = model
+        config, further = with_tallies(model.config.get_text_config(), model.dtype, filling.routed)
+        builder = copy.copy(manager)  # a stand-in, as other threads use the manager itself
+        builder.model = _Like(model, config=_Like(model.config, get_text_config=lambda: config))
+        processor = type(manager)._create_batch_processor(builder)
+        manager._use_prefix_sharing = builder._use_prefix_sharing
         if not hasattr(processor.cache, _ATTRIBUTE):  # else it is an earlier one, reset
-            setattr(processor.cache, _ATTRIBUTE, Rows(processor.cache, filling, further))
+            setattr(processor.cache, _ATTRIBUTE, Tallies(processor.cache, filling, further))
         return processor
 
     manager._create_batch_processor = create_batch_processor
     setattr(manager, _ATTRIBUTE, filling)
 
 
-def with_rows(config: Any, dtype: torch.dtype, plans: Sequence[Plan]) -> tuple[Any, dict[Plan, int]]:
-    """A configuration like `config` with further layers for rows, and by plan their number."""
+def with_tallies(config: Any, dtype: torch.dtype, plans: Sequence[Plan]) -> tuple[Any, dict[Plan, int]]:
+    """A configuration like `config` with further layers for tallies, and by plan their number."""
     per_layer = 2 * find_num_key_value_heads(config) * find_head_dim(config) * dtype.itemsize  # bytes per token
-    further = {plan: -(-sum(widths(plan).values()) * row_dtype(plan).itemsize // per_layer) for plan in plans}
+    further = {plan: -(-sum(widths(plan).values()) * tally_dtype(plan).itemsize // per_layer) for plan in plans}
     config = copy.deepcopy(config)
     if (types := getattr(config, "layer_types", None)) is not None:
         config.layer_types = [*types, *[_FULL if _FULL in types else _SLIDING] * sum(further.values())]

@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 
 from peft_queryable import QueryableLoraConfig, fix_routes, set_fixed_routes, use_instructions
-from peft_queryable.calls.paged import Filling, Rows, row_dtype, widths, with_rows
+from peft_queryable.calls.paged import Filling, Tallies, tally_dtype, widths, with_tallies
 
 DIM = 5  # of instructions
 
@@ -58,7 +58,7 @@ def test_fixed_routes():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_several_adapters(method):
-    """Each active adapter has rows of its own."""
+    """Each active adapter has tallies of its own."""
     model = trained(method)
     further = {"lora": LoraConfig(r=8, target_modules=["q_proj", "down_proj"])}
     further["queryable"] = QueryableLoraConfig(
@@ -76,32 +76,32 @@ def test_query_terms(terms):
     run(trained("queryable", query_terms=terms), prompts(3, 20, 7), settings(), batching())
 
 
-# The rows
+# The tallies
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_rows_lie_in_the_blocks(dtype):
-    """Rows keep every bit in a cache of any dtype, follow copies of blocks, and touch no key or value."""
+def test_tallies_lie_in_the_blocks(dtype):
+    """Tallies keep every bit in a cache of any dtype, follow copies of blocks, and touch no key or value."""
     model = trained("queryable").to(dtype)
     plans = model.base_model.model_hooks.active_plans()
-    config, further = with_rows(model.config, dtype, plans)
+    config, further = with_tallies(model.config, dtype, plans)
     cache = PagedAttentionCache(
         config, batching(max_memory_percent=0.5), "cpu", DistributedHelper(None, None, {}), dtype
     )
-    rows = Rows(cache, Filling(tuple(plans), None, None), further)
-    group, (plan,) = rows.group, plans
+    tallies = Tallies(cache, Filling(tuple(plans), None, None), further)
+    group, (plan,) = tallies.group, plans
     group.block_table["request"] = [9, 4, 7]
     slots = torch.tensor(group.get_write_indices("request", 0, 10))
-    written = torch.randn(10, sum(widths(plan).values()), dtype=row_dtype(plan))
+    written = torch.randn(10, sum(widths(plan).values()), dtype=tally_dtype(plan))
     for k, v in (group._kv_token_views[layer] for layer in range(model.config.num_hidden_layers)):
         for view in (k, v):
             view.index_fill_(0, slots, 7.0)
-    rows.write(plan, slots, written)
-    assert torch.equal(rows.read(plan, slots), written)
+    tallies.write(plan, slots, written)
+    assert torch.equal(tallies.read(plan, slots), written)
     group.copy_blocks([9, 4, 7], [20, 21, 22])
     group.block_table["fork"] = [20, 21, 22]
     copied = torch.tensor(group.get_write_indices("fork", 0, 10))
-    assert torch.equal(rows.read(plan, copied), written)
+    assert torch.equal(tallies.read(plan, copied), written)
     for k, v in (group._kv_token_views[layer] for layer in range(model.config.num_hidden_layers)):
         assert (k[copied] == 7).all() and (v[copied] == 7).all()
 
@@ -180,7 +180,7 @@ def test_a_running_manager_notices_a_change():
 
 
 def test_a_manager_from_before_the_adapter():
-    """A cache that was made without rows is refused by the first call that meets it."""
+    """A cache that was made without tallies is refused by the first call that meets it."""
     base = llama(max_position_embeddings=256, eos_token_id=VOCAB + 1).double()
     manager = base.init_continuous_batching(settings(), batching())
     config = QueryableLoraConfig(r=4, target_modules=["q_proj"], routing_scope="causal")

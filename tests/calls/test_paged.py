@@ -52,7 +52,7 @@ def test_eviction(method):
 
 
 def test_offloading(method, monkeypatch):
-    """Blocks that are moved out and back take their rows along."""
+    """Blocks that are moved out and back take their tallies along."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))  # there is none to pin
     batch = batching(num_blocks=12, cpu_offload_space=0.01)
