@@ -45,9 +45,15 @@ class AdapterCall:
         instruction, sequences = stack_call.instruction(plan) if fixed is None else (None, None)
         self.is_static = not stack_call.model_call.reads_tokens(plan)  # such routes need to know of no token
         self.past = CachedRouting(id(plan.router))
+        self.paged = stack_call.model_call.paged
+        self.start: dict[str, Tensor] = {}  # sums that those of the call go on from: [B, 1, ...], or of each token
         if not self.is_static:
-            check_cache(stack_call.arguments, plan.adapter_name)
-            self.past = load(stack_call.cache, stack_call.past, self.key, id(plan.router), self.rows)
+            if self.paged is None:
+                check_cache(stack_call.arguments, plan.adapter_name)
+                self.past = load(stack_call.cache, stack_call.past, self.key, id(plan.router), self.rows)
+                self.start = {name: sums[:, -1:] for name, sums in self.past.sums.items()}
+            else:
+                self.start = self.paged.load(plan)
         self.gate_values = _gate_values(self.past)
         self.is_routed = fixed is not None or bool(self.past.routes)  # born with routes
         self.routes: list[Route | None] = [self.past.routes.get(block) for block in range(plan.num_blocks)]
@@ -80,8 +86,7 @@ class AdapterCall:
         if sequences is not None:
             self.shared = self.shared.by_token(sequences)
         self.real, self.pool = tokens.real, Pool(plan.scope, tokens)
-        # A block before this one has a mean that a later block reads.
-        self.last_read = plan.num_blocks - 1 if plan.router.uses_depth else 0
+        self.last_read = plan.last_read
         self.count: Tensor | None = None  # number of tokens in each sum over `counted` tokens per row
         self.counted = 0
         self.sums: dict[str, Tensor] | None = {}  # running sums of this call's tokens, for the cache; None once ended
@@ -156,18 +161,23 @@ class AdapterCall:
         """Running sums [B, T, ...] of the call, continued from those of the cached tokens."""
         if not self.plan.scope.is_per_token:
             return sums
-        if self.past.sums:
-            sums = sums + self.past.sums[name][:, -1:].to(sums.device)
+        if self.start:
+            sums = sums + self.start[name].to(sums.device)
         if self.sums is not None:  # else a replay runs
             self.sums[name] = sums
         return sums
 
     # When the call has ended
 
-    def store(self, cache: Cache) -> None:
-        """Put on `cache` what routes of the tokens to come need."""
+    def store(self, cache: Cache | None) -> None:
+        """Put on the call's cache, `cache` or a paged one, what routes of the tokens to come need."""
         if self.length == 0 or self.is_static:
             return  # no adapted module ran, or none of its tokens matters
+        if self.paged is not None:
+            self.paged.store(self.plan, self.sums or {})
+            return
+        if cache is None:
+            return
         if self.is_routed:
             cached = self.past.extended(self.length, {}, cache)
         elif self.plan.scope.is_per_token:
@@ -242,8 +252,7 @@ class RunningCall:
         if stack_call.reads_memory:
             cache = None  # the first call reads all of the memory
         for call in self.adapter_calls.values():
-            if cache is not None:
-                call.store(cache)
+            call.store(cache)
             if stack_call.is_checkpointing:
                 call.seal()
         if (ended := stack_call.model_call.ended) is not None:

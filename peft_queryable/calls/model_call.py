@@ -14,6 +14,7 @@ from .arguments import bind, parameter_names
 from .cache import cached_length, find_cache
 from .current import Current
 from .instruction import check_embeds, check_names, idle_instruction
+from .paged import Filling, PagedCall, check_requests, init_manager
 from .plan import Plan
 from .record import Recorder
 from .rows import name_rows
@@ -37,6 +38,7 @@ class ModelCall:
         arguments: the outermost call's, by name; empty outside of a call.
         ended: calls of stacks that have ended within this call, in order; None outside of a call.
         recorders: called with a [`RoutedCall`] for each adapter when a stack's call ends.
+        paged: of a step of continuous batching, its requests; None in all other calls.
     """
 
     labels: Tensor | None = None
@@ -49,6 +51,7 @@ class ModelCall:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     ended: list[Any] | None = None
     recorders: tuple[Recorder, ...] = ()
+    paged: PagedCall | None = None
 
     @property
     def is_generating(self) -> bool:
@@ -136,12 +139,12 @@ class ModelHooks:
         ]
         self.base_methods: dict[str, Any] = {}
         self.own_methods: dict[str, Any] = {}  # patches that were there before, for example TRL's
-        for name, method in (("generate", self.generate), ("init_continuous_batching", self.refuse_batching)):
+        for name in ("generate", "generate_batch", "init_continuous_batching"):
             if hasattr(model, name):
                 self.base_methods[name] = getattr(model, name)
                 if name in vars(model):
                     self.own_methods[name] = vars(model)[name]
-                setattr(model, name, method)
+                setattr(model, name, getattr(self, name))
 
     def remove(self, model: nn.Module) -> None:
         """Leave `model` as it was."""
@@ -178,8 +181,9 @@ class ModelHooks:
         check_names(kwargs, self.parameters)
         prompt_mask = kwargs.pop("prompt_mask", None)
         instruction = kwargs.pop("instruction_embeds", None)
-        outer = self.call
-        if outer.is_generating:  # this is one of its steps, and it was given the instruction
+        paged = PagedCall.of(kwargs)
+        outer = self.call if paged is None else paged.filling.current(self.active_plans(), self.outside)
+        if outer.is_generating or paged is not None:  # a step of what was given the instruction
             instruction = outer.instruction_embeds
         else:
             self._check_instruction(instruction)
@@ -193,6 +197,7 @@ class ModelHooks:
                 routes=outer.routes,
                 adapter_names=outer.adapter_names,
                 recorders=outer.recorders,
+                paged=paged,
                 ended=[],
                 arguments=arguments,
             )
@@ -221,19 +226,28 @@ class ModelHooks:
         with self.entered(prompt_length=prompt_length, instruction_embeds=instruction_embeds):
             return self.base_methods["generate"](*args, **kwargs)
 
-    def refuse_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `init_continuous_batching`, for adapters whose routes depend on no token.
+    def generate_batch(self, *args: Any, instruction_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate_batch`, under the instruction and the fixed routes that hold where it is called.
+
+        Args:
+            instruction_embeds: [1, d_c], for all requests.
 
         Raises:
-            ValueError: for all others: its paged cache cannot carry what their routes need of earlier tokens.
+            ValueError: as `init_continuous_batching` does; also for `adapter_names`, which transformers ignores.
         """
-        if names := sorted({plan.adapter_name for plan in self.active_plans() if self.outside.reads_tokens(plan)}):
-            raise ValueError(
-                "Continuous batching (`generate_batch`, TRL's `use_transformers_continuous_batching`) cannot run "
-                f"adapters {names}: its paged cache cannot carry what their routes need of earlier tokens. Use "
-                "`generate`."
-            )
-        return self.base_methods["init_continuous_batching"](*args, **kwargs)
+        check_requests(kwargs)
+        self._check_instruction(instruction_embeds)
+        with self.entered(instruction_embeds=instruction_embeds):
+            return self.base_methods["generate_batch"](*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `init_continuous_batching`, with a cache that carries what routes need.
+
+        Raises:
+            ValueError: for adapters, instructions, routes and settings that it cannot run exactly.
+        """
+        filling = Filling(tuple(self.active_plans()), replace(self.call, recorders=()), self.outside)
+        return init_manager(self.base_methods["init_continuous_batching"], args, kwargs, filling)
 
     def _prompt_length(self, args: tuple, kwargs: dict[str, Any]) -> int:
         names = ("decoder_input_ids",) if self.is_encoder_decoder else ("input_ids", "inputs", "inputs_embeds")

@@ -28,3 +28,8 @@ class Plan:
     first_block: int
     num_blocks: int
     mixed: str = ""
+
+    @property
+    def last_read(self) -> int:
+        """Index of the first of the last blocks whose mean no later block reads: those before it have one that is."""
+        return self.num_blocks - 1 if self.router.uses_depth else 0

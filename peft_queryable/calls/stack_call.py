@@ -83,6 +83,8 @@ class StackCall:
                     f"`{name}` {list(self.inputs.shape)} of {self.stack} has no batch dimension, so its tokens would "
                     f"be rows. Pass `{name}.unsqueeze(0)`."
                 )
+        if self.model_call.paged is not None:
+            return Tokens(segments=self.model_call.paged.segments)  # its masks are about blocks of keys
         outer = self.model_call if self.takes_labels else ModelCall()
         tokens = read_tokens(
             self.inputs,

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.generation import NEW, PROMPT, SCOPES, decoder, full_logits, no_stop, step_logits
+from helpers.generation import NEW, PROMPT, SCOPES, decoder, full_logits, step_logits
 from helpers.models import CACHE, MLP, VOCAB, adapted, llama, outputs, randomise, t5, text, token_ids
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -147,12 +147,6 @@ def static_routes() -> nn.Module:
     model = adapted(llama(eos_token_id=VOCAB - 1, pad_token_id=0), target_modules="all-linear", query_terms=[])
     randomise(model)
     return model
-
-
-def test_continuous_batching_is_refused(model):
-    """A paged cache carries no routing: refused before a request is taken."""
-    with pytest.raises(ValueError, match=r"Continuous batching .* cannot run adapters \['default'\]"):
-        model.generate_batch(inputs=[[3, 4, 5]], generation_config=no_stop())
 
 
 def test_continuous_batching_of_static_routes():

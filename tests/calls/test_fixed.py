@@ -18,7 +18,7 @@ from helpers.models import (
     two_adapters,
 )
 from peft import PeftModel, get_peft_model
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from peft_queryable import (
     QueryableLoraConfig,
@@ -179,18 +179,3 @@ def test_routes_leave_with_their_adapter():
     with record_routing(model.eval()) as trace:
         outputs(model, inputs)
     assert (trace.weights("second")[0] == 0).any()  # top-k, as only a router chooses
-
-
-def test_continuous_batching():
-    """Routes that are set let it run in its threads, with the tokens of `generate`; a block of one thread does not."""
-    torch.set_default_dtype(torch.float32)
-    model = trained(llama(eos_token_id=63, pad_token_id=0), target_modules=LLAMA_PROJECTIONS)
-    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=63, pad_token_id=0)
-    prompts, routes = [[3, 4, 5], [6, 7]], random_routes(model)
-    with fix_routes(model, routes), pytest.raises(ValueError, match=r"Continuous batching .* cannot run"):
-        model.generate_batch(inputs=prompts, generation_config=config)
-    set_fixed_routes(model, routes)
-    results = list(model.generate_batch(inputs=prompts, generation_config=config).values())
-    for prompt, result in zip(prompts, results, strict=True):
-        alone = model.generate(input_ids=torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]
-        assert result.generated_tokens == alone.tolist()

@@ -6,10 +6,11 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from helpers.models import LLAMA_PROJECTIONS, adapted, llama, outputs, token_ids
+from helpers.models import LLAMA_PROJECTIONS, adapted, llama, outputs, randomise, token_ids
 from helpers.trainers import config, settings
 from helpers.words import tokenizer, words
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import (
     DPOConfig,
@@ -183,6 +184,46 @@ def online_trainer(name: str, tmp_path, **kwargs):
 def test_online(tmp_path, name):
     """Generation inside training, then a step on what was generated."""
     assert_trained(online_trainer(name, tmp_path))
+
+
+BATCHED = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 8},
+}
+
+
+@pytest.mark.parametrize("peft_type", [LoraConfig, QueryableLoraConfig])
+@pytest.mark.parametrize("name", ONLINE)
+def test_continuous_batching(tmp_path, name, peft_type):
+    """Completions are those of `generate`, where nothing is left to chance."""
+    trainer_class, config_class = ONLINE[name]
+    runs = []
+    for arguments in ({}, BATCHED):
+        seen: list[str] = []
+
+        def reward(completions, seen=seen, **_):
+            seen += completions
+            return [float(i) for i, _ in enumerate(completions)]
+
+        torch.manual_seed(0)
+        model = get_peft_model(llama(), peft_type(r=4, target_modules=LLAMA_PROJECTIONS, task_type="CAUSAL_LM"))
+        randomise(model)
+        arguments = {"num_generations": 2, "max_completion_length": 6, "top_k": 1, **arguments}
+        arguments |= {
+            "optim": "sgd",
+            "per_device_train_batch_size": 4,
+        }  # Adam would blow up the rounding of a zero loss
+        trainer_class(
+            model,
+            reward_funcs=reward,
+            args=config_class(**settings(tmp_path, **arguments)),
+            train_dataset=Dataset.from_dict({"prompt": [words(i, 3 + i % 3) for i in range(8)]}),
+            processing_class=tokenizer(),
+        ).train()
+        runs.append(seen)
+    plain, batched = runs
+    assert batched == plain
+    assert len(set(plain)) == 4  # of two prompts in each of two steps
 
 
 @pytest.mark.skipif(Version(trl.__version__) < Version("1.15"), reason="gives the model no labels")
