@@ -129,8 +129,8 @@ class Heads(nn.Module):
             x = x + layer(x)
         return x
 
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, heads: str = "a") -> Tensor:
-        x = self.trunk(inputs_embeds)
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, heads: str = "a") -> Tensor:
+        x = self.trunk(hidden_states)
         return torch.stack([self.heads[name](x) for name in heads])
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -154,12 +154,12 @@ def test_heads_run_without_each_other(method, container, scope, targets):
     model = method(Heads(CONTAINERS[container]), TARGETS[targets], routing_scope=scope, num_blocks=2)
     x, mask = torch.randn(2, 5, 8).double(), torch.ones(2, 5)
     mask[1, :2] = 0
-    together = model(inputs_embeds=x, attention_mask=mask, heads="abc")
+    together = model(hidden_states=x, attention_mask=mask, heads="abc")
     for index, name in enumerate("abc"):
-        same(model(inputs_embeds=x, attention_mask=mask, heads=name)[0], together[index])
-        same(model(inputs_embeds=x[:1], heads=name)[0], together[index, :1])
-        same(model(inputs_embeds=x[1:, 2:], heads=name)[0], together[index, 1:, 2:])
-    same(model(inputs_embeds=x, attention_mask=mask, heads="cab"), together[[2, 0, 1]])
+        same(model(hidden_states=x, attention_mask=mask, heads=name)[0], together[index])
+        same(model(hidden_states=x[:1], heads=name)[0], together[index, :1])
+        same(model(hidden_states=x[1:, 2:], heads=name)[0], together[index, 1:, 2:])
+    same(model(hidden_states=x, attention_mask=mask, heads="cab"), together[[2, 0, 1]])
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -167,9 +167,9 @@ def test_heads_run_without_each_other(method, container, scope, targets):
 def test_heads_on_one_vector_per_row(method, container):
     model = method(Heads(CONTAINERS[container]), TARGETS["all"])
     x = torch.randn(3, 8).double()
-    together = model(inputs_embeds=x, heads="ab")
+    together = model(hidden_states=x, heads="ab")
     for row in range(3):
-        same(model(inputs_embeds=x[row : row + 1], heads="b")[0], together[1, row : row + 1])
+        same(model(hidden_states=x[row : row + 1], heads="b")[0], together[1, row : row + 1])
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

@@ -293,6 +293,7 @@ def test_theorem_5_2_and_corollary_d8_1_updates_are_bounded(seed, r, top_k):
         check_updates(watch)
 
 
+@pytest.mark.filterwarnings("ignore:With `num_atoms=1`")
 def test_theorem_5_2_is_tight(monkeypatch):
     """One positive atom of rank one, and inputs along A, meet (58) and (59)."""
     adapted = adapt(nn.Sequential(nn.Linear(8, 5)).double(), r=1, num_atoms=1, top_k=1, target_modules=["0"])
