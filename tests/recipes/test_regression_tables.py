@@ -32,10 +32,10 @@ def test_the_tables_stand_beside_the_papers(tmp_path):
     path = tmp_path / "deep.jsonl"
     finished(path, {"lora": {"Ackley": [1.0, 3.0]}, "queryable": {"Ackley": [0.5, 1.2]}})
     text = cells(tables.report(path))
-    assert "| train error | LoRA | ours |" in text
-    assert "| Ackley | 2 ± 1.4 [13.124] | **0.85 ± 0.49** [0.113] |" in text
+    assert "| train error | ours | LoRA |" in text
+    assert "| Ackley | **0.85 ± 0.49** [0.113] | 2 ± 1.4 [13.124] |" in text
     assert f"| LoRA | {5**0.5:.3g} |" in text and "| 2 of 2 | 1.0e+00 |" in text and "| 1 of 2 | 1.0e+00 |" in text
-    assert "| Ackley | 3 ± 1.4 [13.227] | **1.85 ± 0.49** [0.673] |" in text
+    assert "| Ackley | **1.85 ± 0.49** [0.673] | 3 ± 1.4 [13.227] |" in text
 
 
 def test_the_comparison_is_paired_by_seed(tmp_path):
@@ -58,7 +58,7 @@ def test_single_runs_have_no_spread(tmp_path):
     path = tmp_path / "wide-short.jsonl"
     finished(path, {"lora": {"Ackley": [2.0], "Levy": [1.0]}, "queryable": {"Ackley": [1.0], "Levy": [3.0]}})
     text = cells(tables.report(path))
-    assert "| Ackley | 2 | **1** |" in text  # and no figures of the paper, whose runs are longer
+    assert "| Ackley | **1** | 2 |" in text  # and no figures of the paper, whose runs are longer
     assert "| Ackley | 0.5 | | yes | -1 | better |" in text
     assert "| Levy | 3 | | no | +2 | worse |" in text
 
@@ -72,7 +72,7 @@ def test_diverged_and_missing_runs_have_their_place(tmp_path):
         {"lora": {"Ackley": [1.0, math.inf], "Levy": [3.0, 5.0]}, "dora": {"Levy": [0.1, 0.2]}, "queryable": ours},
     )
     text = cells(tables.report(path))
-    assert "| Ackley | inf [13.124] | | **0.85 ± 0.49** [0.113] |" in text
+    assert "| Ackley | **0.85 ± 0.49** [0.113] | inf [13.124] | |" in text
     assert "| Ackley | 0 | | yes | -inf | better |" in text and "best on 1 of 2" in text
 
 
