@@ -162,8 +162,8 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
 
 def record(arm, seed, lr, validation, test):
     return {
-        "condition": "first", "rank": 8, "arm": arm, "lr": lr, "seed": seed, "validation": validation,
-        "test": test, "exact": 0.5, "trainable": 1000, "seconds": 2.0,
+        **{"condition": "first", "rank": 8, "arm": arm, "lr": lr, "seed": seed, "validation": validation},
+        **{"test": test, "exact": 0.5, "trainable": 1000, "seconds": 2.0},
     }
 
 
