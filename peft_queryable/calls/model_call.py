@@ -48,7 +48,7 @@ class ModelCall:
     instructions: Mapping[str, Tensor] | None = None
     routes: Mapping[str, Tensor] = field(default_factory=dict)
     adapter_names: tuple[str, ...] | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
     ended: list[Any] | None = None
     recorders: tuple[Recorder, ...] = ()
     paged: PagedCall | None = None
