@@ -257,6 +257,10 @@ def known_paths(config: Any) -> Any:
 
 def _carry_tallies(manager: Any, filling: Filling) -> None:
     """Have `manager` build its cache with the further layers that the tallies of `filling` need."""
+    if filling.routed and getattr(manager.model.config.get_text_config(), "sliding_window", None) == 1:
+        raise ValueError(
+            "A window of one token keeps no earlier token, and routes need the last one's. Use `generate`."
+        )
 
     def create_batch_processor() -> Any:
         model = manager.model

@@ -172,25 +172,26 @@ def _refusal(model: nn.Module, config: QueryableLoraConfig, name: str, target: n
         return f"its class {kind.__name__} computes something else than a linear layer, as a router or groups of heads"
     if ".experts." in f".{name}.":
         return "it belongs to an expert, which gets loose tokens: their sequence, and so their route, is not known"
-    if reason := _unknown_layout(model, name):
+    path, child = path_to(model, name), name.rpartition(".")[2]
+    if reason := _unknown_layout(model, path, name):
         return reason
-    if _POSITIONS.fullmatch(name.rpartition(".")[2]):
+    if _POSITIONS.fullmatch(child):
         return "it projects positions, which belong to no sequence"
-    if _reads_positions(model, name):
+    if _reads_positions(path[-1], child):
         return "with `share_att_key` it also projects the relative position embeddings, which belong to no sequence"
     if _reads_unnamed_memory(model, name):
         return "it reads memory that the call of its layers does not get as `encoder_hidden_states`"
-    if name.rpartition(".")[2] == "kv_b_proj":  # of latent attention, whose cache holds what this module reads
+    if child == "kv_b_proj":  # of latent attention, whose cache holds what this module reads
         return "it projects the latents of cached tokens as well as the call's, whose routes are no longer known"
-    if _reads_both(model, name):
+    if _reads_both(path[-1], child):
         return "it projects the encoder's output as well as the decoder's tokens, with one weight"
-    speaker, head = _speaker(model, name)
+    speaker, head = _speaker(path)
     if base_layer is head:
         return (
             "it is the language model's head, which runs outside the routed layers and, in generation, on a part of "
             "the tokens only; `modules_to_save` trains it in full"
         )
-    if {"state", "depth"} & {*config.query_terms} and _sees_last_tokens(model, name, speaker, head):
+    if {"state", "depth"} & {*config.query_terms} and _sees_last_tokens(path, speaker, head):
         return (
             "it belongs to the prediction head, which in generation (`logits_to_keep`) gets the last tokens alone, "
             "while its routes need all of them"
@@ -198,19 +199,17 @@ def _refusal(model: nn.Module, config: QueryableLoraConfig, name: str, target: n
     return None
 
 
-def _speaker(model: nn.Module, name: str) -> tuple[Any, Any]:
-    """The outermost model around module `name` that has an output layer, and that layer; None without one."""
-    module = model
-    for part in name.split("."):
+def _speaker(path: list[nn.Module]) -> tuple[Any, Any]:
+    """The outermost model on `path` that has an output layer, and that layer; None without one."""
+    for module in path:
         head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
         if head is not None:  # in BLIP it is the text decoder that has one and generates
             return module, _base_layer(head)
-        module = module.get_submodule(part)
     return None, None
 
 
-def _sees_last_tokens(model: nn.Module, name: str, speaker: Any, head: nn.Module) -> bool:
-    """Whether module `name` stands beside the output layer `head`, where `generate` gives them the last tokens alone.
+def _sees_last_tokens(path: list[nn.Module], speaker: Any, head: nn.Module) -> bool:
+    """Whether a module on `path` stands beside the output layer `head`, where `generate` gives it the last tokens.
 
     It passes `logits_to_keep` to the models whose `forward` has it, and they cut before they call their head.
     """
@@ -218,18 +217,16 @@ def _sees_last_tokens(model: nn.Module, name: str, speaker: Any, head: nn.Module
         return False
     if "logits_to_keep" not in parameter_names(speaker):
         return False
-    path = path_to(model, name)
     return any(
         head in holder.children() and not any(isinstance(module, nn.ModuleList) for module in holder.modules())
         for holder in path[path.index(speaker) + 1 :]
     )
 
 
-def _unknown_layout(model: nn.Module, name: str) -> str | None:
+def _unknown_layout(model: nn.Module, path: list[nn.Module], name: str) -> str | None:
     """Why the rows and tokens of module `name` are not known from the call that it runs in."""
     if getattr(getattr(model, "config", None), "model_type", None) in _SEQUENCE_FIRST:
         return "its model passes activations as [tokens, batch, features], so that rows would be taken for tokens"
-    path = path_to(model, name)
     for outer in path:
         layer: Any = outer
         if isinstance(outer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
@@ -263,19 +260,16 @@ def _is_linear(layer: nn.Module) -> bool:
     return is_foreign and resolve_quantization_backend(layer) is not None
 
 
-def _reads_positions(model: nn.Module, name: str) -> bool:
-    """Whether the attention of DeBERTa-v2 or SEW-D applies module `name` to its relative position embeddings too."""
-    parent, _, child = name.rpartition(".")
-    attention = model.get_submodule(parent)
+def _reads_positions(attention: nn.Module, child: str) -> bool:
+    """Whether the attention of DeBERTa-v2 or SEW-D applies its `child` to its relative position embeddings too."""
     if not getattr(attention, "relative_attention", False):
         return False
     return getattr(attention, "share_att_key", False) and child in ("query_proj", "key_proj")
 
 
-def _reads_both(model: nn.Module, name: str) -> bool:
-    """Whether module `name` makes keys or values of tokens and of memory alike, as in T5Gemma 2."""
-    parent, _, child = name.rpartition(".")
-    is_merged = "merged_attention_mask" in parameter_names(model.get_submodule(parent))
+def _reads_both(attention: nn.Module, child: str) -> bool:
+    """Whether the `child` of an attention makes keys or values of tokens and of memory alike, as in T5Gemma 2."""
+    is_merged = "merged_attention_mask" in parameter_names(attention)
     return is_merged and child in ("k_proj", "v_proj")
 
 

@@ -151,6 +151,13 @@ def test_untested_settings_are_refused(setting):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_window_of_one_token_is_refused():
+    model = trained("queryable")
+    model.config.sliding_window = 1
+    with pytest.raises(ValueError, match="A window of one token keeps no earlier token"):
+        model.generate_batch(inputs=[[3]], generation_config=settings(), continuous_batching_config=batching())
+
+
 def test_a_persistent_manager_keeps_to_what_it_was_made_under():
     """Blocks of earlier sessions were routed under their adapters, instruction and fixed routes."""
     model, given = instructed(), prompts(9)
