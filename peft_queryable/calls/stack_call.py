@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor  # has no values to look at
 from transformers.cache_utils import Cache
 
 from ..method.router import Router
@@ -134,7 +135,7 @@ class StackCall:
         if held_by is not None:
             return replace(held_by, stack=self.stack)
         exclude = f"`exclude_modules=r'{re.escape(self.stack)}.*'`"
-        if ended is None and self.length is None:
+        if ended is None and self.length is None and not self.model_call.is_generating:
             raise ValueError(
                 f"{self.stack} was called outside a call of the model, with an input {list(inputs.shape)}: which of "
                 f"its tokens are padding is not known. Call the model, or exclude it with {exclude}."
@@ -220,7 +221,7 @@ _seen: weakref.WeakSet[Router] = weakref.WeakSet()  # whose first prompts in tra
 
 def _check_prompt(plan: Plan, prompt: Tensor) -> None:
     """Warn if the first training call of an adapter has no token in any prompt, [B, T]; waits once for the device."""
-    if torch.compiler.is_compiling() or plan.router in _seen or not prompt.numel():
+    if torch.compiler.is_compiling() or isinstance(prompt, FakeTensor) or plan.router in _seen or not prompt.numel():
         return
     _seen.add(plan.router)
     if not prompt.any():

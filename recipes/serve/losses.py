@@ -26,7 +26,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig
 
-from recipes.common.arguments import DEFAULTS, adapter_configs, parse_recipe
+from recipes.common.arguments import DEFAULTS, RecipeParser, adapter_configs, parse_recipe
 from recipes.common.evaluate import ScoreArguments
 from recipes.common.report import fill_place, markdown_table
 from recipes.common.smollm2 import smollm2_folder
@@ -67,9 +67,9 @@ def main(
     data: str,
     args: LossesArguments,
     score_args: ScoreArguments,
-    training_args: SFTConfig,
-    model_args: ModelConfig,
     queryable_args: InstructedArguments,
+    model_args: ModelConfig,
+    training_args: SFTConfig,
 ) -> None:
     if model_args.model_name_or_path is None:
         model_args.model_name_or_path = str(smollm2_folder())
@@ -141,8 +141,8 @@ def parse(arguments: list[str]) -> tuple:
         raise SystemExit("usage: python -m recipes.serve.losses sft|instructions [options]; --help lists them")
     data = arguments[0] if arguments[0] in DATA else "sft"
     sys.argv = [sys.argv[0], *arguments[arguments[0] in DATA :]]
-    groups = (LossesArguments, ScoreArguments, SFTConfig, ModelConfig, InstructedArguments)
-    return data, *parse_recipe(groups, DATA[data][2])
+    groups = (LossesArguments, ScoreArguments, InstructedArguments, ModelConfig, SFTConfig)
+    return data, *parse_recipe(RecipeParser("recipes.serve.losses", groups), DATA[data][2])
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ SFT = {
 
 @pytest.mark.parametrize("scope", ["causal", "prompt"])
 @pytest.mark.parametrize("kind", SFT)
-@pytest.mark.filterwarnings("ignore:.*[Ff]lash.*")
+@pytest.mark.filterwarnings("ignore:.*[Ff]lash.*", "ignore:.*every token of its first training call is supervised")
 def test_sft(tmp_path, kind, scope):
     columns, kwargs = SFT[kind]
     trainer = SFTTrainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,17 +29,33 @@ def norm(matrix: Tensor) -> Tensor:
 
 @dataclass
 class Situation:
-    """A router in float64 and what one block of one sequence gives it: state [r], means [r], instruction [d_c]."""
+    """A router in float64 and what one block of one sequence gives it: state [r], means [r], instruction [d_c].
+
+    Its tensors are all that a router can have; the library's own has only those that can learn.
+    """
 
     hyper: Hyper
-    router: Router
+    tensors: dict[str, Tensor]
     state: Tensor
     means: list[Tensor]
     e: Tensor
 
     @property
     def bank(self) -> Bank:
-        return Bank.read(dict(self.router.named_parameters()), self.hyper)
+        return Bank.read(self.tensors, self.hyper)
+
+    @cached_property
+    def router(self) -> Router:
+        """The library's router, on the same tensors."""
+        M, r, _ = self.bank.C.shape
+        router = Router(
+            RouterSettings(
+                r, M, num_blocks=4, dim=self.bank.k.shape[1], instruction_dim=len(self.e), **asdict(self.hyper)
+            )
+        )
+        router = router.double()
+        router.load_state_dict({name: self.tensors[name] for name in router.state_dict()}, assign=True)
+        return router.requires_grad_(False)
 
     @property
     def block(self) -> int:
@@ -70,28 +87,19 @@ class Situation:
     def changed(self, **hyper: Any) -> Situation:
         """The same tensors under other hyperparameters."""
         new = Hyper(**(asdict(self.hyper) | hyper))
-        M, r, _ = self.bank.C.shape
-        router = Router(
-            RouterSettings(r, M, num_blocks=4, dim=self.bank.k.shape[1], instruction_dim=len(self.e), **asdict(new))
-        )
-        router = router.double().requires_grad_(False)
-        router.load_state_dict(self.router.state_dict())
-        return Situation(new, router, self.state, self.means, self.e)
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return Situation(new, tensors, self.state, self.means, self.e)
 
 
 def make_situation(seed: int, M: int = 5, r: int = 3, d: int = 4, means: int = 2, **hyper: Any) -> Situation:
     torch.manual_seed(seed)
-    settings = Hyper(**hyper)
-    router = (
-        Router(RouterSettings(r, M, num_blocks=4, dim=d, instruction_dim=3, **asdict(settings)))
-        .double()
-        .requires_grad_(False)
-    )
+    router = Router(RouterSettings(r, M, top_k=None, num_blocks=4, dim=d, instruction_dim=3)).double()
+    router.requires_grad_(False)
     for p in router.parameters():
         nn.init.normal_(p)
     nn.init.zeros_(router.default_instruction.weight)
     state, *earlier = torch.randn(1 + means, r).double()
-    return Situation(settings, router, state, earlier, torch.randn(3).double())
+    return Situation(Hyper(**hyper), dict(router.named_parameters()), state, earlier, torch.randn(3).double())
 
 
 @st.composite

@@ -282,6 +282,7 @@ def check_updates(watch: Watch) -> None:
             assert (vector_norm(added, dim=-1) <= bound * vector_norm(m.x[row], dim=-1) * SLACK).all()
 
 
+@pytest.mark.filterwarnings("ignore:With `top_k=1`")
 @given(st.integers(0, 1000), st.integers(1, 4), st.none() | st.integers(1, 4))
 def test_theorem_5_2_and_corollary_d8_1_updates_are_bounded(seed, r, top_k):
     """(7), (8): Delta W and its action on every input of a module stay below the bounds by ||B||, g, R_C, ||A||."""
@@ -334,7 +335,7 @@ def test_theorem_d15_attention_projections(seed, top_k):
     assert ((first.weights[0] > 0) == (second.weights[0] > 0)).all()
 
     router, hyper = first.router, Hyper.of(adapted.peft_config["default"])
-    s = Situation(hyper, router, first.asked[0][1][0, 0].detach(), [], e)
+    s = Situation(hyper, dict(router.named_parameters()), first.asked[0][1][0, 0].detach(), [], e)
     constant = Constants(s, other).operator * vector_norm(e - other)
     moved = 0.0
     in_block = [pair for pair in zip(first.modules, second.modules, strict=True) if pair[0].block == 0]

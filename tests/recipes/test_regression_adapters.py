@@ -22,6 +22,7 @@ def test_parameters_are_within_10_percent_of_lora(method, setting):
 
 @pytest.mark.parametrize("backbone", [lambda: wide(256), deep], ids=["wide", "deep"])
 @pytest.mark.parametrize("method", ADAPTERS + VARIANTS)
+@pytest.mark.filterwarnings("ignore:With `num_atoms=1`")
 def test_an_adapter_starts_as_its_base_and_learns_alone(method, backbone):
     model = backbone()
     x = torch.randn(5, 2)

@@ -36,6 +36,7 @@ def test_source_target_and_halves_are_different_points():
 
 
 @pytest.mark.parametrize("method", ["soap", *ADAPTERS, *VARIANTS])
+@pytest.mark.filterwarnings("ignore:With `(num_atoms|top_k)=1`")
 def test_stacked_runs_are_runs_one_by_one(short, method):
     """Trained together as apart, and as by an ordinary loop over an ordinary module."""
     runs = [Run("Matyas", 0), Run("Sin-Cos", 1)]
