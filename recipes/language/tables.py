@@ -24,28 +24,43 @@ RIVALS = {"lora": "LoRA", "lora-2r": "LoRA 2r", "static": "static"}
 
 def table(arms: Mapping[str, Best]) -> str:
     """One row per arm, at its best rate."""
-    rows = []
-    for arm, (lr, is_edge, runs) in arms.items():
-        ratios = [
-            str(ratio(runs, arms[rival].runs) or "") if rival in arms and rival != arm else "" for rival in RIVALS
-        ]
-        row = [ARMS[arm].label, f"{mean(runs, 'trainable'):,.0f}", f"{lr:g}{'*' if is_edge else ''}", f"{len(runs)}"]
-        row += [f"{geometric_mean(runs, 'test'):.3f}", *ratios, f"{mean(runs, 'exact'):.2f}"]
-        one = next(iter(runs.values()))
-        if "matrix" in one:
-            row.append(f"{statistics.mean(map(forgetting, runs.values())):.2f}")
-        elif "mi_task" in one:
-            row += [f"{mean(runs, name):.2f}" for name in ("mi_task", "mi_place", "entropy")]
-            row += [f"{mean(runs, 'dead'):.1f}", str(ratio(runs, runs, "shuffled"))]
+    rows, has_stages = [], any("matrix" in first(each) for each in arms.values())
+    for arm, each in arms.items():
+        runs = each.runs
+        ratios = [ratio(runs, arms[rival].runs) if rival in arms and rival != arm else None for rival in RIVALS]
+        row = [ARMS[arm].label, *("" if found is None else unbroken(str(found)) for found in ratios)]
+        row += [f"{geometric_mean(runs, 'test'):.3f}", f"{mean(runs, 'exact'):.2f}"]
+        row += [f"{statistics.mean(map(forgetting, runs.values())):.2f}"] if has_stages else []
+        row += [f"{each.lr:g}{'*' if each.is_edge else ''}", f"{len(runs)}", f"{mean(runs, 'trainable'):,.0f}"]
         rows.append([*row, f"{mean(runs, 'seconds'):.1f}"])
-    widest = max(map(len, rows))
-    rows = [[*row[:-1], *[""] * (widest - len(row)), row[-1]] for row in rows]
-    header = ["", "parameters", "rate", "n", "loss", *(f"loss / {rival}" for rival in RIVALS.values()), "exact"]
-    if any("matrix" in next(iter(each.runs.values())) for each in arms.values()):
-        header.append("forgotten")
-    elif widest > len(header) + 1:
-        header += ["task, bits", "place, bits", "entropy, bits", "dead", "loss with shuffled routes"]
-    return markdown_table([*header, "seconds"], rows)
+    header = ["", *(unbroken(f"/ {rival}") for rival in RIVALS.values()), "loss", "exact"]
+    return markdown_table(
+        [*header, *(["forgotten"] if has_stages else []), "rate", "n", "parameters", "seconds"], rows
+    )
+
+
+def routes_table(arms: Mapping[str, Best]) -> str:
+    """One row per arm whose routes depend on the input; empty if there is none, or if tasks came one after another."""
+    rows = [
+        [
+            ARMS[arm].label,
+            *(f"{mean(each.runs, name):.2f}" for name in ("mi_task", "mi_place", "entropy")),
+            f"{mean(each.runs, 'dead'):.1f}",
+            unbroken(str(ratio(each.runs, each.runs, "shuffled"))),
+        ]
+        for arm, each in arms.items()
+        if "mi_task" in first(each)
+    ]
+    header = ["routes", "task, bits", "place, bits", "entropy, bits", "dead atoms", "loss, shuffled / own"]
+    return markdown_table(header, rows) if rows else ""
+
+
+def first(each: Best) -> dict:
+    return next(iter(each.runs.values()))
+
+
+def unbroken(text: str) -> str:
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def plot(found: Mapping[tuple[str, int], Mapping[str, Best]], rank: int, path: Path) -> None:
@@ -80,7 +95,8 @@ def report(path: Path) -> str:
     for rank in {rank for _, rank in found}:
         plot(found, rank, path)
     return "\n\n".join(
-        f"### {TITLES[condition]}, r = {rank}\n\n{table(arms)}" for (condition, rank), arms in found.items()
+        f"### {TITLES[condition]}, r = {rank}\n\n{table(arms)}\n\n{routes_table(arms)}".rstrip()
+        for (condition, rank), arms in found.items()
     )
 
 
