@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.generation import NEW, PROMPT, SCOPES, decoder, full_logits, step_logits
 from helpers.models import CACHE, MLP, VOCAB, adapted, llama, outputs, randomise, t5, text, token_ids
+from helpers.paged import batching
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -158,7 +159,9 @@ def test_continuous_batching_of_static_routes():
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=VOCAB - 1, pad_token_id=0)
     for tested in (lora.eval(), static_routes()):
         prompts = [[3, 4, 5], [6, 7, 8, 9]]
-        results = list(tested.generate_batch(inputs=prompts, generation_config=config).values())
+        results = tested.generate_batch(
+            inputs=prompts, generation_config=config, continuous_batching_config=batching()
+        ).values()
         for prompt, result in zip(prompts, results, strict=True):
             alone = tested.generate(input_ids=torch.tensor([prompt]), generation_config=config)
             assert result.generated_tokens == alone[0, len(prompt) :].tolist()
