@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -31,16 +30,11 @@ _PACKED = re.compile(r"text_lens|segment_ids|token_tags|shape_list|cap_feats|tex
 _GOES_ON = re.compile(r"kv_caches?|enable_diffusion_forcing|chunk_\w+|latents_history\w*|clean_hidden_states")
 
 
-@cache
-def _is_of_diffusers(kind: type) -> bool:
-    return any(cls.__module__.startswith("diffusers.models.") for cls in kind.__mro__)
-
-
 def denoiser_of(model: nn.Module, owner: str) -> tuple[str, Any] | None:
     """Name and module of the denoiser of diffusers that holds module `owner` or is it; None outside of one."""
     parts, module = owner.split(".") if owner else [], model
     for depth in range(len(parts) + 1):
-        if _is_of_diffusers(type(module)):
+        if any(cls.__module__.startswith("diffusers.models.") for cls in type(module).__mro__):
             names = {*parameter_names(module)}
             if {"timestep", "timesteps", "t"} & names and {"hidden_states", "sample", "x"} & names:
                 return ".".join(parts[:depth]), module
