@@ -44,12 +44,12 @@ from recipes.common.finetune import make_trainer
 from recipes.common.minilm import minilm_folder
 from recipes.common.smollm2 import smollm2_folder
 from recipes.common.workers import Workers
+from recipes.language.arguments import FIRST_CHOOSING_SEED
 from recipes.language.arms import ARMS, adapter_config
 from recipes.language.mixtures import MIXTURES, TELLINGS, mixture_data
 from recipes.language.runs import shuffled
 from recipes.language.tables import report
 
-FIRST_CHOOSING_SEED = 100  # seeds from here on choose rates and defaults, and no table shows them
 OWN_ARMS = [name for name, arm in ARMS.items() if not (arm.is_told or arm.is_each)]  # those that need no stacking
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import set_seed
 from trl import ModelConfig, SFTConfig
 
-from peft_queryable import InstructionCollator, fix_routes, mean_routes, record_routing, use_instructions
+from peft_queryable import fix_routes, mean_routes, record_routing, use_instruction_column, use_instructions
 from recipes.common.evaluate import completion_loss, encode
 from recipes.common.finetune import finetune, make_trainer
 
@@ -60,8 +60,7 @@ class Work:
         name = f"{config.peft_type.value}-{seed}-{'-'.join(tasks) if len(tasks) == 1 else 'all'}"
         trainer = make_trainer(Path(training.output_dir, name), config, examples, training, self.model_args)
         if follows:
-            encoder = trainer.model.base_model.instruction_encoder("default")
-            trainer.data_collator = InstructionCollator(trainer.data_collator, encoder)
+            use_instruction_column(trainer)
         finetune(trainer)
         return trainer.model.eval(), trainer.processing_class
 
