@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from peft_queryable import check_model, record_routing
 from peft_queryable.calls.adapter_call import AdapterCall
-from peft_queryable.calls.stack_call import leading_tensor
+from peft_queryable.calls.arguments import leading_tensor
 from peft_queryable.check import checking
 from peft_queryable.check.__main__ import main
 from peft_queryable.check.checking import compare

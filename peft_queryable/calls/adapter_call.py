@@ -52,6 +52,8 @@ class AdapterCall:
                 check_cache(stack_call.arguments, plan.adapter_name)
                 self.past = load(stack_call.cache, stack_call.past, self.key, id(plan.router), self.rows)
                 self.start = {name: sums[:, -1:] for name, sums in self.past.sums.items()}
+                if self.past.routes:
+                    stack_call.check_continues(plan)
             else:
                 self.start = self.paged.load(plan)
         self.gate_values = _gate_values(self.past)
@@ -249,7 +251,7 @@ class RunningCall:
         stack_call = self.stack_call
         returned = find_cache(output)  # which BLIP wraps around the one that was passed
         cache = stack_call.cache if returned is None else returned
-        if stack_call.reads_memory:
+        if stack_call.traits.reads_memory:
             cache = None  # the first call reads all of the memory
         for call in self.adapter_calls.values():
             call.store(cache)

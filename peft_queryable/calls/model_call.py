@@ -256,9 +256,9 @@ class ModelHooks:
         return max((prompt.shape[1] for prompt in prompts), default=1)  # generate starts from one start token
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
-        """Where one route serves a sequence, refuse what would show it another prompt than its own."""
-        plans = [plan for plan in self.active_plans() if self.call.reads_tokens(plan) and not plan.scope.is_per_token]
-        scopes = sorted({plan.scope.name for plan in plans})
+        """Where one route serves a generated sequence, refuse what would show it another prompt than its own."""
+        plans = [plan for plan in self.active_plans() if plan.traits.predicts and self.call.reads_tokens(plan)]
+        scopes = sorted({plan.scope.name for plan in plans if not plan.scope.is_per_token})
         config = kwargs.get("generation_config") or getattr(
             getattr(self.base_methods["generate"], "__self__", None), "generation_config", None
         )

@@ -8,13 +8,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .adapter_call import AdapterCall, RunningCall
-from .arguments import bind, parameter_names
+from .arguments import bind, leading_tensor, parameter_names
 from .cache import cached_length, find_cache
 from .current import Current
 from .model_call import ModelHooks
-from .plan import Plan
+from .plan import Plan, StackTraits
 from .replay import AdapterReplay, BoundCheckpoint
-from .stack_call import StackCall, leading_tensor
+from .stack_call import StackCall
 from .streams import text_of, without_masks
 
 
@@ -22,31 +22,22 @@ class Stack:
     """One stack of a model. Adapted modules reach it through their `Place`; it is no module and owns no tensor.
 
     Args:
-        name: its name in messages and caches.
+        traits: what is known of it from where it stands.
         owner: the module whose call runs the layers.
-        reads_memory: whether its modules see an encoder's output, which they cross-attend to.
-        is_loose: whether it stands outside every list of layers, and so may read the output of another stack.
         holder: of an entry of an `nn.ModuleDict`, the stack whose call it runs in; None if there is none.
-        is_denoiser: whether its owner is a denoiser, whose masks are about the text beside its own tokens.
-        takes_labels: whether labels and prompts of the model call are about this stack's tokens.
         model_hooks: tells what the model call says.
         currents: the running calls of all stacks of the model; this stack adds its own.
     """
 
     def __init__(
         self,
-        name: str,
+        traits: StackTraits,
         owner: nn.Module,
-        reads_memory: bool,
-        is_loose: bool,
         holder: Stack | None,
-        is_denoiser: bool,
-        takes_labels: bool,
         model_hooks: ModelHooks,
         currents: list[Current],
     ) -> None:
-        self.name, self.reads_memory, self.is_loose, self.takes_labels = name, reads_memory, is_loose, takes_labels
-        self.holder, self.is_denoiser = holder, is_denoiser
+        self.traits, self.holder = traits, holder
         self.model_hooks, self.currents = model_hooks, currents
         self.current = Current()
         currents.append(self.current)
@@ -67,7 +58,7 @@ class Stack:
         call = self.current.call
         if call is None:
             raise RuntimeError(
-                f"An adapted module ran outside a call of {self.name}, so its tokens are not known. "
+                f"An adapted module ran outside a call of {self.traits.name}, so its tokens are not known. "
                 "Call the model, not a layer of it. If this happened in a backward pass, a layer was checkpointed by "
                 "other means than transformers' `gradient_checkpointing_enable`, which is the supported one."
             )
@@ -96,26 +87,25 @@ class Stack:
         arguments = bind(self.parameters, args, kwargs)
         plans = [plan for plan in self.model_hooks.active_plans() if self.plans.get(plan.adapter_name) is plan]
         routed = [plan for plan in plans if self.model_hooks.call.reads_tokens(plan)]
-        if self.reads_memory:
+        if self.traits.reads_memory:
             if arguments.get("encoder_hidden_states") is None:
                 return  # then no cross-attention runs
             arguments = text_of(arguments)  # no cache: the first call reads it all
-        elif self.is_denoiser:
+        elif self.traits.is_denoiser:
             arguments = without_masks(arguments, routed, type(owner).__name__)
         self.model_hooks.current.drop_ended()  # where the stack is called by itself
         stack_call = StackCall(
-            stack=self.name,
+            stack=self.traits.name,
+            traits=self.traits,
             model_call=self.model_hooks.call,
             arguments=arguments,
             inputs=leading_tensor(arguments),
             past=cached_length(find_cache(arguments)),
-            reads_memory=self.reads_memory,
-            takes_labels=self.takes_labels,
             is_training=owner.training,
             is_checkpointing=owner.training and self._bind_checkpoints(),
         )
         stack_call.model_call.row_adapters(stack_call.batch)  # too few names are an error even if none is an adapter
-        if self.is_loose and (routed or any(stack_call.has_packed_instructions(plan) for plan in plans)):
+        if self.traits.is_loose and (routed or any(stack_call.has_packed_instructions(plan) for plan in plans)):
             running = None if self.holder is None else self.holder.current.call
             held_by = running.stack_call if isinstance(running, RunningCall) else None
             stack_call = stack_call.reading(held_by)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,15 +12,21 @@ from torch import Tensor
 from torch._subclasses import FakeTensor  # has no values to look at
 from transformers.cache_utils import Cache
 
-from ..method.router import Router
 from ..method.scope import Tokens
+from .arguments import TOKEN_ARGUMENTS, leading_tensor
 from .cache import cached_length, find_cache
 from .model_call import ModelCall
-from .plan import Plan
+from .plan import Plan, StackTraits
 from .rows import Rows
-from .tokens import has_tokens, packed_segments, read_tokens, sequence_index
-
-_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "hidden_states")
+from .tokens import (
+    check_rows,
+    has_tokens,
+    labels_of_tokens,
+    packed_segments,
+    prompt_tokens,
+    read_mask,
+    sequence_index,
+)
 
 
 @dataclass(frozen=True)
@@ -30,24 +35,22 @@ class StackCall:
 
     Args:
         stack: name of the stack.
+        traits: of the stack whose tokens these are: this one, or the one that it reads.
         model_call: the model call that it is a part of.
         arguments: arguments of the stack's call, by name.
         inputs: the one of them that tells rows and tokens: token ids [B, T], hidden states [B, T, d], or other inputs
             [B, ...].
         past: number of tokens per row that the cache holds before the call; see [`cached_length`].
-        reads_memory: whether its modules see an encoder's output.
-        takes_labels: whether labels and prompts of the model call are about this stack's tokens.
         is_training: whether the stack is in training mode.
         is_checkpointing: whether layers will run again in the backward pass.
     """
 
     stack: str
+    traits: StackTraits
     model_call: ModelCall
     arguments: dict[str, Any]
     inputs: Tensor
     past: int | Tensor
-    reads_memory: bool
-    takes_labels: bool
     is_training: bool
     is_checkpointing: bool
 
@@ -59,8 +62,13 @@ class StackCall:
     @property
     def length(self) -> int | None:
         """Number T of tokens per row; None where the inputs have no token axis that is known for one."""
-        is_named = any(self.inputs is self.arguments.get(name) for name in _TOKEN_ARGUMENTS)
+        is_named = any(self.inputs is self.arguments.get(name) for name in TOKEN_ARGUMENTS)
         return self.inputs.shape[1] if is_named and has_tokens(self.inputs) else None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether the call goes on from a filled cache."""
+        return isinstance(self.past, Tensor) or self.past > 0
 
     @property
     def cache(self) -> Cache | None:
@@ -86,23 +94,76 @@ class StackCall:
                 )
         if self.model_call.paged is not None:
             return Tokens(segments=self.model_call.paged.segments)  # its masks are about blocks of keys
-        outer = self.model_call if self.takes_labels else ModelCall()
-        tokens = read_tokens(
-            self.inputs,
-            self.arguments,
-            past=self.past,
-            labels=outer.labels,
-            prompt_mask=outer.prompt_mask,
-            prompt_length=outer.prompt_length,
-            is_per_token=plan.scope.is_per_token,
-            is_known=self.length is not None,
-            is_generating=self.model_call.is_generating,
+        segments = None if self.is_step else packed_segments(self.arguments, self.batch, self.length)
+        real, visible = read_mask(self.arguments.get("attention_mask"), self.batch, self.length, self.past)
+        must_see_all = self.model_call.is_generating or not plan.scope.is_per_token
+        if real is not None and visible is not None and must_see_all:
+            check_rows(visible, real, self.model_call.is_generating)
+        prompt, given = self._prompt(real, segments), self._generation_prompt()
+        if self.traits.predicts and plan.scope.needs_prompt:
+            self._check_prompt(plan, prompt, real)
+        return Tokens(real, prompt, given, segments, visible)
+
+    def _prompt(self, real: Tensor | None, segments: Tensor | None) -> Tensor | None:
+        """Tokens [B, T] that labels or a mask mark as the prompt; None where nothing does.
+
+        Raises:
+            ValueError: for a mask of another shape.
+        """
+        if not self.traits.predicts:
+            return None
+        labels, prompt_mask = labels_of_tokens(self.model_call.labels, self.length), self.model_call.prompt_mask
+        if prompt_mask is not None and self.length is not None and prompt_mask.shape != self.inputs.shape[:2]:
+            raise ValueError(
+                f"`prompt_mask` must have the shape of the call's tokens, {list(self.inputs.shape[:2])}, got "
+                f"{list(prompt_mask.shape)}."
+            )
+        # The outermost call's own, which accelerate has not moved yet where it moves inputs to the model's device.
+        labels, prompt_mask = (None if t is None else t.to(self.inputs.device) for t in (labels, prompt_mask))
+        return prompt_tokens(labels, prompt_mask, real, segments)
+
+    def _generation_prompt(self) -> Tensor | None:
+        """Tokens [B, T] that `generate` was called with; None outside of its prefill."""
+        length = self.model_call.prompt_length
+        if length is None or self.is_step or not self.traits.predicts:
+            return None
+        return (torch.arange(self.inputs.shape[1], device=self.inputs.device) < length).expand(self.batch, -1)
+
+    def check_continues(self, plan: Plan) -> None:
+        """Raise a ValueError if the call marks more of the prompt whose routes its cache has brought."""
+        if not (plan.scope.needs_prompt and self.traits.predicts):
+            return
+        real, _ = read_mask(self.arguments.get("attention_mask"), self.batch, self.length, self.past)
+        prompt = self._prompt(real, None)
+        if prompt is None or isinstance(prompt, FakeTensor):
+            return
+        message = (
+            f"Adapter {plan.adapter_name!r} has the routing scope 'prompt', and a call that goes on from a filled "
+            "cache marks tokens as prompt, by `prompt_mask` or by labels of -100 before the first supervised one. "
+            "Routes stay as the cached prompt made them. Pass the prompt in one call, or use `routing_scope='causal'`."
         )
-        if self.takes_labels and plan.scope.needs_prompt and tokens.prompt is None and not outer.is_generating:
-            self._miss_prompt(plan.adapter_name)
-        if self.takes_labels and plan.scope.needs_prompt and self.is_training and tokens.prompt is not None:
-            _check_prompt(plan, tokens.prompt if tokens.real is None else tokens.prompt & tokens.real)
-        return tokens
+        if torch.compiler.is_compiling():
+            torch._assert_async(~prompt.any(), message)
+        elif prompt.any():
+            raise ValueError(message)
+
+    def _check_prompt(self, plan: Plan, prompt: Tensor | None, real: Tensor | None) -> None:
+        """In training the answer must not route itself, and some token should."""
+        if prompt is None:
+            if not self.model_call.is_generating:
+                self._miss_prompt(plan.adapter_name)
+            return
+        is_looked_at = plan.has_seen_prompt or torch.compiler.is_compiling() or isinstance(prompt, FakeTensor)
+        if is_looked_at or not self.is_training or not prompt.numel():
+            return
+        plan.has_seen_prompt = True
+        if not (prompt if real is None else prompt & real).any():  # waits for the device, once
+            warnings.warn(
+                f"Adapter {plan.adapter_name!r} has the routing scope 'prompt', but every token of its first training "
+                "call is supervised, so there is no prompt, and routes are the same for all inputs. Set the `labels` "
+                "of prompts to -100 (in TRL `completion_only_loss=True`), or use `routing_scope='causal'`.",
+                stacklevel=2,
+            )
 
     def _miss_prompt(self, adapter_name: str) -> None:
         """Nothing tells the prompt: in training the answer would route itself."""
@@ -129,44 +190,60 @@ class StackCall:
             ValueError: if it reads a part of the tokens of the stack that has just ended, if it reads no stack and the
                 model call's mask hides tokens that may not be this call's, or if no model call tells of padding.
         """
-        inputs, ended, outer = self.inputs, self.model_call.ended, self.model_call.arguments
-        if not has_tokens(inputs):
+        if not has_tokens(self.inputs):
             return self  # a vector per sequence, or none of the layouts that tell tokens
         if held_by is not None:
             return replace(held_by, stack=self.stack)
-        exclude = f"`exclude_modules=r'{re.escape(self.stack)}.*'`"
-        if ended is None and self.length is None and not self.model_call.is_generating:
-            raise ValueError(
-                f"{self.stack} was called outside a call of the model, with an input {list(inputs.shape)}: which of "
-                f"its tokens are padding is not known. Call the model, or exclude it with {exclude}."
-            )
-        for source in reversed(ended or []):
-            if source.has_as_many(inputs):
+        self._check_called_by_model()
+        ended = self.model_call.ended or []
+        for source in reversed(ended):
+            if source.has_as_many(self.inputs):
                 return replace(source, stack=self.stack, is_checkpointing=self.is_checkpointing)
-        if ended and ended[-1].takes_labels and ended[-1].batch == self.batch and ended[-1].length is not None:
-            raise ValueError(
-                f"{self.stack} sees {inputs.shape[1]} tokens per row of the {ended[-1].length} that "
-                f"{ended[-1].stack} has just run, and which of them is not known (`logits_to_keep`, in generation). "
-                f"Exclude it with {exclude}."
-            )
+        if ended:
+            self._check_all_of(ended[-1])
+        outer = self.model_call.arguments
         if "attention_mask" in self.arguments or not outer:
             return self
         mask = outer.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        is_masks_size = mask is not None and mask.shape == inputs.shape[:2]
+        is_masks_size = mask is not None and mask.shape == self.inputs.shape[:2]
         if not ended:
             call = replace(self, arguments=outer, inputs=leading_tensor(outer), past=cached_length(find_cache(outer)))
-            if call.has_as_many(inputs):
+            if call.has_as_many(self.inputs):
                 return call
             if is_masks_size:
                 return replace(self, arguments={**self.arguments, "attention_mask": mask})
-        if (is_masks_size or not ended) and mask is not None and not torch.compiler.is_compiling() and not mask.all():
-            raise ValueError(
-                f"{self.stack} sees {inputs.shape[1]} tokens per row that no stack before it has seen, and the "
-                f"attention mask of the model's call, about {mask.shape[1]}, may not be about them: which of them are "
-                f"padding is not known. Exclude it with {exclude}, or pass rows of one length."
-            )
+        if is_masks_size or not ended:
+            self._check_hides_nothing(mask)
         return self
+
+    @property
+    def _exclude(self) -> str:
+        return f"`exclude_modules=r'{re.escape(self.stack)}.*'`"
+
+    def _check_called_by_model(self) -> None:
+        if self.model_call.ended is None and self.length is None and not self.model_call.is_generating:
+            raise ValueError(
+                f"{self.stack} was called outside a call of the model, with an input {list(self.inputs.shape)}: which "
+                f"of its tokens are padding is not known. Call the model, or exclude it with {self._exclude}."
+            )
+
+    def _check_all_of(self, last: StackCall) -> None:
+        """The last stack's tokens are none or all of this call's, not a part of them."""
+        if last.traits.predicts and last.batch == self.batch and last.length is not None:
+            raise ValueError(
+                f"{self.stack} sees {self.inputs.shape[1]} tokens per row of the {last.length} that {last.stack} has "
+                f"just run, and which of them is not known (`logits_to_keep`, in generation). "
+                f"Exclude it with {self._exclude}."
+            )
+
+    def _check_hides_nothing(self, mask: Tensor | None) -> None:
+        if mask is not None and not torch.compiler.is_compiling() and not mask.all():
+            raise ValueError(
+                f"{self.stack} sees {self.inputs.shape[1]} tokens per row that no stack before it has seen, and the "
+                f"attention mask of the model's call, about {mask.shape[1]}, may not be about them: which of them are "
+                f"padding is not known. Exclude it with {self._exclude}, or pass rows of one length."
+            )
 
     def has_as_many(self, inputs: Tensor) -> bool:
         """Whether the call has as many rows and tokens as `inputs` [B, T, ...]."""
@@ -210,37 +287,7 @@ class StackCall:
 
     def _sequence_index(self) -> Tensor | None:
         """The index [B, T] of each token's sequence among those of all rows; None unless rows are packed."""
-        if self.model_call.is_generating or isinstance(self.past, Tensor) or self.past > 0:
+        if self.model_call.is_generating or self.is_step:
             return None
         segments = packed_segments(self.arguments, self.batch, self.length)
         return None if segments is None else sequence_index(segments)
-
-
-_seen: weakref.WeakSet[Router] = weakref.WeakSet()  # whose first prompts in training have been looked at
-
-
-def _check_prompt(plan: Plan, prompt: Tensor) -> None:
-    """Warn if the first training call of an adapter has no token in any prompt, [B, T]; waits once for the device."""
-    if torch.compiler.is_compiling() or isinstance(prompt, FakeTensor) or plan.router in _seen or not prompt.numel():
-        return
-    _seen.add(plan.router)
-    if not prompt.any():
-        warnings.warn(
-            f"Adapter {plan.adapter_name!r} has the routing scope 'prompt', but every token of its first training "
-            "call is supervised, so there is no prompt, and routes are the same for all inputs. Set the `labels` of "
-            "prompts to -100 (in TRL `completion_only_loss=True`), or use `routing_scope='causal'`.",
-            stacklevel=2,
-        )
-
-
-def leading_tensor(arguments: dict[str, Any]) -> Tensor:
-    """The argument that tells a call's rows and tokens: token ids or hidden states if there are any, else the first.
-
-    Raises:
-        ValueError: for a call without any tensor.
-    """
-    named = [arguments.get(name) for name in _TOKEN_ARGUMENTS]
-    for value in (*named, *arguments.values()):
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return value
-    raise ValueError("A call without any tensor among its arguments cannot be routed: its batch size is not known.")

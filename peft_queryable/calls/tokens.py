@@ -8,75 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.scope import Tokens, segment_cumsum
+from ..method.scope import segment_cumsum
 
 IGNORE_INDEX = -100  # label of unsupervised tokens, as in transformers
 
 
-def read_tokens(
-    inputs: Tensor,
-    kwargs: Mapping[str, Any],
-    past: int | Tensor = 0,
-    labels: Tensor | None = None,
-    prompt_mask: Tensor | None = None,
-    prompt_length: int | None = None,
-    is_per_token: bool = True,
-    is_known: bool = True,
-    is_generating: bool = False,
-) -> Tokens:
-    """The tokens of a call of a stack.
+def read_mask(
+    attention_mask: Any, batch: int, length: int | None, past: int | Tensor = 0
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the attention mask of a call tells: which of its tokens are real, and which pairs of them see each other.
 
     Args:
-        inputs: token ids [B, T] or hidden states [B, T, ...] of the call, or inputs [B, ...] of another kind.
-        kwargs: keyword arguments of the stack's call, as transformers passes them.
+        attention_mask: as [`real_tokens`] takes it.
+        batch: number B of rows.
+        length: number T of tokens per row of the call; None if they are not known for tokens.
         past: number of tokens of each row that the call's cache holds; a tensor without dimensions, which is not read,
             for a filled static cache in a graph.
-        labels: [B, T], of the tokens they stand at; see [`prompt_tokens`].
-        prompt_mask: [B, T]; see [`prompt_tokens`].
-        prompt_length: number of leading tokens of each row that are its prompt.
-        is_per_token: whether each token has a route of its own, which may see what the token sees.
-        is_known: whether the second dimension of `inputs` is known to be that of tokens.
-        is_generating: whether `generate` made the mask, which then hides nothing but padding and later tokens.
+
+    Returns:
+        real: [B, T] bool, or [B, S] of all keys where `length` is None; None if the mask hides no token.
+        visible: [B, T, T] bool, of a mask about pairs of tokens in a call that starts anew; else None.
 
     Raises:
-        ValueError: if the mask does not tell which tokens are padding, or `prompt_mask` has another shape.
+        ValueError: if the mask does not tell which tokens are padding.
     """
-    batch = inputs.shape[0]
-    length = inputs.shape[1] if is_known and has_tokens(inputs) else None
-    is_step = isinstance(past, Tensor) or past > 0
-    segments = None if is_step else packed_segments(kwargs, batch, length)
-    if prompt_mask is not None and length is not None and prompt_mask.shape != inputs.shape[:2]:
+    mask = widest_mask(attention_mask)
+    real = real_tokens(mask, batch)
+    if real is None or length is None:
+        return real, None
+    if isinstance(past, Tensor):  # an index outside the mask is an error
+        return real.index_select(1, past.to(real.device) + torch.arange(length, device=real.device)), None
+    if mask.ndim == 2 and real.shape[1] != past + length:
         raise ValueError(
-            f"`prompt_mask` must have the shape of the call's tokens, {list(inputs.shape[:2])}, got "
-            f"{list(prompt_mask.shape)}."
+            f"The call has {length} tokens per row and {past} in its cache, but its attention mask is about "
+            f"{real.shape[1]}: no route sees a token that is neither in the call nor in a `transformers` cache. "
+            "Pass a mask of the call's tokens, and `use_cache=False` if the model keeps earlier ones elsewhere."
         )
-    is_of_tokens = labels is not None and labels.ndim == 2 and not labels.is_floating_point()
-    if not is_of_tokens or (labels is not None and length is not None and labels.shape[1] != length):
-        labels = None  # of whole sequences, not of tokens
-    mask = widest_mask(kwargs.get("attention_mask"))
-    real, visible = real_tokens(mask, batch), None
-    if real is not None and length is not None and isinstance(past, Tensor):  # an index outside the mask is an error
-        real = real.index_select(1, past.to(real.device) + torch.arange(length, device=real.device))
-    elif real is not None and length is not None:
-        if mask.ndim == 2 and real.shape[1] != past + length:
-            raise ValueError(
-                f"The call has {length} tokens per row and {past} in its cache, but its attention mask is about "
-                f"{real.shape[1]}: no route sees a token that is neither in the call nor in a `transformers` cache. "
-                "Pass a mask of the call's tokens, and `use_cache=False` if the model keeps earlier ones elsewhere."
-            )
-        if real.shape[1] < past + length:
-            raise ValueError(_SLIDING)
-        real = real[:, past : past + length]  # of the call's own tokens
-        if mask.ndim == 4 and mask.shape[-2] == length > 1 and not is_step:
-            visible = is_visible(mask)[:, 0, :, :length].expand(batch, -1, -1)
-            if not is_per_token or is_generating:
-                check_rows(visible, real, _SLIDING if is_generating else _APART)
-    given = None
-    if prompt_length is not None and not is_step:
-        given = (torch.arange(inputs.shape[1], device=inputs.device) < prompt_length).expand(batch, -1)
-    # The outermost call's own, which accelerate has not moved yet where it moves inputs to the model's device.
-    labels, prompt_mask = (None if t is None else t.to(inputs.device) for t in (labels, prompt_mask))
-    return Tokens(real, prompt_tokens(labels, prompt_mask, real, segments), given, segments, visible)
+    if real.shape[1] < past + length:
+        raise ValueError(_SLIDING)
+    real = real[:, past : past + length]  # of the call's own tokens
+    if mask.ndim == 2 or past > 0 or not mask.shape[-2] == length > 1:
+        return real, None
+    return real, is_visible(mask)[:, 0, :, :length].expand(batch, -1, -1)
 
 
 def has_tokens(inputs: Tensor) -> bool:
@@ -156,19 +129,26 @@ _SLIDING = (
 )
 
 
-def check_rows(visible: Tensor, real: Tensor, message: str) -> None:
+def check_rows(visible: Tensor, real: Tensor, is_generating: bool) -> None:
     """Raise a ValueError unless each real token sees all real tokens before it; later ones it may see or not.
 
     Args:
         visible: mask of one call, [B, T, T] bool.
         real: real tokens, [B, T] bool.
-        message: of the error.
+        is_generating: whether `generate` made the mask.
     """
     if torch.compiler.is_compiling():
         return  # values are not known while a graph is made
     earlier = real.unsqueeze(1).expand_as(visible).tril()
     if not (visible | ~earlier | ~real.unsqueeze(-1)).all():
-        raise ValueError(message)
+        raise ValueError(_SLIDING if is_generating else _APART)
+
+
+def labels_of_tokens(labels: Tensor | None, length: int | None) -> Tensor | None:
+    """`labels` if they are of `length` tokens per row, [B, T] of integers; None if they are of whole sequences."""
+    if labels is None or labels.ndim != 2 or labels.is_floating_point():
+        return None
+    return labels if length in (None, labels.shape[1]) else None
 
 
 def packed_segments(kwargs: Mapping[str, Any], batch: int, length: int | None = None) -> Tensor | None:

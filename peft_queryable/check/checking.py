@@ -146,7 +146,7 @@ def stacks_of(model: PeftModel) -> list[StackFound]:
             layers = {layer_name(name) for name in places}
             blocks = {place.block for place in places.values()}
             scope = stack.plans[adapter_name].scope.name
-            found.append(StackFound(adapter_name, stack.name, scope, len(layers), len(blocks), len(places)))
+            found.append(StackFound(adapter_name, stack.traits.name, scope, len(layers), len(blocks), len(places)))
     return found
 
 

@@ -113,7 +113,7 @@ class Runner:
     def scopes(self) -> set[str]:
         """Scopes of the stacks that do not read another's output."""
         plans = [(stack, plan) for stack in self.model.base_model.stacks for plan in stack.plans.values()]
-        return {plan.scope.name for stack, plan in plans if not stack.reads_memory}
+        return {plan.scope.name for stack, plan in plans if not plan.traits.reads_memory}
 
     def is_sequence(self) -> bool:
         """Whether an active adapter was told the scope `sequence`, in a decoder too."""

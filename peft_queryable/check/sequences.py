@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..calls.stack_call import leading_tensor
+from ..calls.arguments import leading_tensor
 from ..calls.tokens import IGNORE_INDEX
 
 Batch = dict[str, Any]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..calls.adapter_call import AdapterCall, check_layout
@@ -133,9 +132,7 @@ class Linear(nn.Module, QueryableLoraLayer):
             update = scaling * lora_B(route.apply(states, gate, 1.0))
         if update.shape != result.shape:
             update = update.view(result.shape)
-        if update.dtype != result.dtype:  # the sum is of the wider dtype, as LoRA's
-            return update + result
-        return update.add_(result)  # in place, which spares a tensor of the output's size
+        return update + result  # not in place: a hook on B may have kept its output
 
     def _gate(self, adapter_name: str, states: Tensor, gate_values: dict[int, float] | None) -> Tensor | float:
         """g = sigmoid(eta), [1] like `states`; in the steps of a cache a number, read once."""
@@ -150,10 +147,6 @@ class Linear(nn.Module, QueryableLoraLayer):
         group = self.places[adapter_name].entry_group
         if len(group) == 1:
             return states
-        factors = [layer.lora_A[adapter_name] for layer in group]
-        if any(A._forward_pre_hooks or A._forward_hooks or A._backward_hooks for A in factors):
-            # Pruning makes the weight anew in a hook, and gradients per example are read in hooks.
-            return torch.stack([A(x) for A in factors]).mean(0).reshape(states.shape)
-        # The mean of the projections' states is the state of the projections' mean.
-        weight = torch.stack([A.weight.to(x) for A in factors]).mean(0)
-        return F.linear(x, weight).reshape(states.shape)
+        # A is called, not read: hooks make its weight (pruning) or read its input (gradients per example).
+        of_group = [states if layer is self else layer.lora_A[adapter_name](x).view_as(states) for layer in group]
+        return torch.stack(of_group).mean(0)

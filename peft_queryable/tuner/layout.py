@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..calls.current import Current
 from ..calls.model_call import ModelHooks
-from ..calls.plan import Plan
+from ..calls.plan import Plan, StackTraits
 from ..calls.stack import Stack
 from ..method.router import Router
 from ..method.scope import SCOPES, Scope
@@ -231,10 +231,12 @@ class Stacks:
             stack, blocks = self._stack(key), layout.blocks[key]
             num_blocks = blocks[-1] + 1
             # Memory is no sequence that a later token extends: all of it is there from the first.
-            resolved = SCOPES["sequence"] if key.reads_memory else resolve_scope(scope, not stack.takes_labels)
+            resolved = SCOPES["sequence"] if key.reads_memory else resolve_scope(scope, not stack.traits.predicts)
             names = [name for names in names_by_layer for name in names]
             mixed = "" if key.reads_memory else mixed_modules(self.model, key.owner, names)
-            stack.plans[adapter_name] = Plan(adapter_name, router, resolved, first_block, num_blocks, mixed)
+            stack.plans[adapter_name] = Plan(
+                adapter_name, stack.traits, router, resolved, first_block, num_blocks, mixed
+            )
             groups = entry_groups(names)
             for names, block in zip(names_by_layer, blocks, strict=True):
                 for name in names:
@@ -243,19 +245,16 @@ class Stacks:
 
     def _stack(self, key: StackKey) -> Stack:
         if key not in self.by_key:
-            owner = self.model.get_submodule(key.owner)
-            takes_labels = not key.reads_memory and not sees_all(self.model, key.owner)
-            self.by_key[key] = Stack(
-                str(key),
-                owner,
-                key.reads_memory,
-                key.is_loose,
-                None if key.holder is None else self._stack(StackKey(key.holder)),
-                has_streams(self.model, key.owner),
-                takes_labels,
-                self.model_hooks,
-                self.currents,
+            traits = StackTraits(
+                name=str(key),
+                reads_memory=key.reads_memory,
+                is_loose=key.is_loose,
+                is_denoiser=has_streams(self.model, key.owner),
+                predicts=not key.reads_memory and not sees_all(self.model, key.owner),
             )
+            holder = None if key.holder is None else self._stack(StackKey(key.holder))
+            owner = self.model.get_submodule(key.owner)
+            self.by_key[key] = Stack(traits, owner, holder, self.model_hooks, self.currents)
         return self.by_key[key]
 
     def forget(self, adapter_name: str) -> None:

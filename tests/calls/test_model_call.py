@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.architectures import ARCHITECTURES
 from helpers.models import CACHE, LLAMA_PROJECTIONS, adapted, llama, outputs, randomise, text, token_ids
 
 
@@ -127,3 +128,18 @@ def test_a_conversation_that_goes_on(scope):
     else:
         with pytest.raises(ValueError, match=rf"from a filled cache with routing scope \['{scope}'\]"):
             model.generate(input_ids=longer, **{CACHE: first[CACHE]}, **settings)
+
+
+def test_a_conversation_about_an_image_goes_on():
+    """A vision tower with one route per image leaves generation free: on a filled cache it is exact."""
+    llava = ARCHITECTURES["LLaVA"]
+    model = adapted(llava.build().double(), target_modules="all-linear")
+    randomise(model)
+    inputs = {"pixel_values": llava.inputs()["pixel_values"][:1].double()}
+    prompt, image_token = llava.inputs()["input_ids"][:1], model.config.image_token_id
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings["suppress_tokens"] = [image_token]
+    first = model.generate(input_ids=prompt, **inputs, return_dict_in_generate=True, **settings)
+    longer = torch.cat([first.sequences, token_ids(1, 4).clamp(max=image_token - 1)], dim=1)
+    expected = model.generate(input_ids=longer, **inputs, **settings)
+    assert torch.equal(model.generate(longer, **{CACHE: first[CACHE]}, **settings), expected)

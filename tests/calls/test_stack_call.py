@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.models import adapted, llama, mlp, outputs, randomise, t5, text, token_ids
+from helpers.models import CACHE, adapted, llama, mlp, outputs, randomise, t5, text, token_ids
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -143,3 +143,20 @@ def test_training_where_all_is_supervised_warns_once():
     padded[:, :2] = 0  # padding before the first supervised token is no prompt
     with pytest.warns(UserWarning, match="is supervised"):
         in_scope_prompt().train()(input_ids=ids, attention_mask=padded, prompt_mask=1 - padded)
+
+
+# A prompt that goes on in a second call
+
+
+def test_a_step_with_more_of_the_prompt_is_refused():
+    """Routes that a cached prompt has fixed do not see more of it; a supervised answer may follow."""
+    model, ids = in_scope_prompt(), token_ids(2, 6)
+    answer = ids[:, 4:]
+    half = torch.tensor([[-100, 1], [2, 3]])
+    for marks in ({"prompt_mask": torch.tensor([[1, 0], [0, 0]])}, {"labels": half}):
+        cache = model(input_ids=ids[:, :4], prompt_mask=torch.ones(2, 4))[CACHE]
+        with pytest.raises(ValueError, match="goes on from a filled cache marks tokens as prompt"):
+            model(input_ids=answer, **{CACHE: cache}, **marks)
+    for marks in ({"prompt_mask": torch.zeros(2, 2)}, {"labels": answer}, {}):
+        cache = model(input_ids=ids[:, :4], prompt_mask=torch.ones(2, 4))[CACHE]
+        model(input_ids=answer, **{CACHE: cache}, **marks)

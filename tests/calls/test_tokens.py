@@ -2,17 +2,22 @@
 
 import pytest
 import torch
-from helpers.models import CACHE, llama, token_ids
+from helpers.models import CACHE, llama
 from helpers.tokens import PADDED, packed_rows, segments_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import BatchEncoding
-from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from peft_queryable.calls.tokens import packed_segments, prompt_tokens, read_tokens, real_tokens
+from peft_queryable.calls.tokens import (
+    has_tokens,
+    labels_of_tokens,
+    packed_segments,
+    prompt_tokens,
+    read_mask,
+    real_tokens,
+)
 
 # Packed rows, as collators describe them
 
@@ -164,33 +169,29 @@ def test_padding_is_not_supervised():
 )
 def test_labels_of_sequences_mark_no_prompt(labels):
     """Labels of whole sequences are not labels of tokens."""
-    assert read_tokens(token_ids(), {}, labels=labels).prompt is None
+    assert labels_of_tokens(labels, 6) is None
 
 
-def test_tokens_of_a_cached_step():
-    """With cached tokens, masks are those of the call's own tokens, nothing is packed, and no prompt is told."""
-    cache = DynamicCache()
-    cache.update(torch.zeros(3, 1, 2, 4), torch.zeros(3, 1, 2, 4), 0)
-    kwargs = BatchEncoding({"attention_mask": PADDED, "position_ids": torch.tensor([[5, 3]] * 3)})
-    tokens = read_tokens(token_ids(3, 2), kwargs, past=cache.get_seq_length(), prompt_length=2)
-    assert torch.equal(tokens.real, PADDED[:, 2:].bool())
-    assert tokens.segments is tokens.generation_prompt is tokens.prompt is None
+def test_labels_of_tokens():
+    """Labels of tokens are of as many as the call has, if it is known how many."""
+    labels = torch.zeros(2, 6, dtype=torch.long)
+    assert labels_of_tokens(labels, 6) is labels_of_tokens(labels, None) is labels
+    assert labels_of_tokens(labels, 5) is None
 
 
-def test_generation_prompt():
-    """In a prefill by `generate` the first tokens are its prompt, and later ones are not."""
-    tokens = read_tokens(token_ids(2, 5), {}, prompt_length=3)
-    assert torch.equal(tokens.generation_prompt, (torch.arange(5) < 3).expand(2, -1))
+def test_mask_of_a_cached_step():
+    """With cached tokens, the mask of a call is that of its own tokens, and nothing is packed."""
+    real, visible = read_mask(PADDED, 3, 2, past=2)
+    assert torch.equal(real, PADDED[:, 2:].bool()) and visible is None
 
 
 def test_sequence_bounds_alone_mark_packing():
     """`cu_seq_lens_q` tells packed sequences apart without position_ids beside it."""
     bounds = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
-    tokens = read_tokens(torch.zeros(1, 9, dtype=torch.long), {"cu_seq_lens_q": bounds})
-    assert torch.equal(tokens.segments, segments_of([[4, 2, 3]]))
+    assert torch.equal(packed_segments({"cu_seq_lens_q": bounds}, 1, 9), segments_of([[4, 2, 3]]))
 
 
 def test_inputs_without_a_token_axis():
     """A call on indices [B], as a plain module with an embedding gets, has rows and no tokens to tell apart."""
-    tokens = read_tokens(torch.zeros(3, dtype=torch.long), {})
-    assert tokens.real is None and tokens.segments is None
+    assert not has_tokens(torch.zeros(3, dtype=torch.long))
+    assert read_mask(None, 3, None) == (None, None) and packed_segments({}, 3) is None

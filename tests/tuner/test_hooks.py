@@ -61,3 +61,21 @@ def test_gradients_per_example_add_up(model):
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for factor, gradient in gradients.items():
         torch.testing.assert_close(gradient.sum(0), factor.weight.grad, rtol=0, atol=1e-10)
+
+
+def test_hooks_on_B_see_its_output(model):
+    """A forward hook may keep what B gave, and a full backward hook, whose output is a view, may stand there."""
+    kept = {}
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        kept[module] = (args[0], output)
+
+    for name, module in model.named_modules():
+        if name.endswith("lora_B.default"):
+            module.register_forward_hook(keep)
+            module.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    inputs = text()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert len(kept) == len(factors(model))
+    for module, (x, output) in kept.items():
+        torch.testing.assert_close(output, x @ module.weight.T, rtol=0, atol=1e-12)
