@@ -162,6 +162,66 @@ def test_heads_run_without_each_other(method, container, scope, targets):
     same(model(hidden_states=x, attention_mask=mask, heads="cab"), together[[2, 0, 1]])
 
 
+class Prefixed(nn.Module):
+    """Heads whose trunk sees two more tokens than the model is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix = nn.Parameter(torch.randn(2, 8))
+        self.body = Heads(nn.ModuleList)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        rows = len(inputs_embeds)
+        x = torch.cat([self.prefix.expand(rows, -1, -1), inputs_embeds], 1)
+        return self.body(hidden_states=x, attention_mask=torch.cat([torch.ones(rows, 2), attention_mask], 1))
+
+
+@pytest.mark.parametrize("scope", ["causal", "sequence"])
+@torch.no_grad()
+def test_heads_see_the_tokens_of_the_call_that_runs_them(method, scope):
+    """An entry of a ModuleDict has the padding of the layers beside it, not that of the model's call."""
+    model = method(Prefixed(), r"body\.(layers|heads)\.\w+\.[02]", routing_scope=scope)
+    x, mask = torch.randn(2, 5, 8).double(), torch.ones(2, 5)
+    mask[1, 3:] = 0
+    together = model(inputs_embeds=x, attention_mask=mask)[0]
+    same(model(inputs_embeds=x[1:, :3], attention_mask=mask[1:, :3])[0, :, :5], together[1:, :5])
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([block() for _ in range(2)])
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden_states = hidden_states + layer(hidden_states)
+        return hidden_states
+
+
+class Reader(nn.Module):
+    """Two trunks, one after the other, on inputs of their own, and a head that reads the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = Trunk(), Trunk(), block()
+
+    def forward(self, question: Tensor, question_mask: Tensor, answer: Tensor, answer_mask: Tensor) -> Tensor:
+        self.first(question, question_mask)
+        return self.head(self.second(answer, answer_mask))
+
+
+@pytest.mark.parametrize("scope", ["causal", "sequence"])
+@torch.no_grad()
+def test_a_head_has_the_padding_of_the_stack_that_ran_last(method, scope):
+    """Two stacks have as many tokens; the head reads the last."""
+    model = method(Reader(), r"((first|second)\.layers\.\d|head)\.[02]", routing_scope=scope)
+    question, answer = torch.randn(2, 2, 5, 8).double()
+    whole, mask = torch.ones(2, 5), torch.ones(2, 5)
+    mask[1, 3:] = 0
+    together = model(question, whole, answer, mask)
+    same(model(question[1:], whole[1:], answer[1:, :3], mask[1:, :3]), together[1:, :3])
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 @torch.no_grad()
 def test_heads_on_one_vector_per_row(method, container):

@@ -7,10 +7,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import (
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
-)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights, skip_init_on_device
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -285,11 +281,18 @@ class QueryableLoraModel(MergingTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """PEFT's remapping, and checks it leaves to us: PEFT loads non-strictly, and random weights would pass."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        check_tensors(remapped, expected, adapter_name)
+        check_tensors(remapped, model.base_model._tensors(adapter_name), adapter_name)
         return remapped
+
+    def _tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter, by their names in the PeftModel; without what PEFT trains in full beside it."""
+        tensors = self.queryable_lora_router[adapter_name].state_dict(prefix=f"base_model.{ROUTER}.{adapter_name}.")
+        for name, layer in self._layers(adapter_name).items():
+            for part in ("lora_A", "lora_B", "queryable_lora_gate"):
+                factor = getattr(layer, part)[adapter_name]
+                tensors |= factor.state_dict(prefix=f"base_model.model.{name}.{part}.{adapter_name}.")
+        return tensors
