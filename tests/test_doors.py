@@ -222,6 +222,57 @@ def test_a_head_has_the_padding_of_the_stack_that_ran_last(method, scope):
     same(model(question[1:], whole[1:], answer[1:, :3], mask[1:, :3]), together[1:, :3])
 
 
+class Queries(nn.Module):
+    """Two tokens more per row, and a mask of its own, in front of the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.project(hidden_states)
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.trunk = Queries(), Trunk()
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        x = torch.cat([inputs_embeds[:, :2], inputs_embeds], 1)
+        mask = torch.cat([attention_mask[:, :2], attention_mask], 1)
+        return self.trunk(self.queries(x, mask), mask)
+
+
+@pytest.mark.parametrize("scope", ["causal", "sequence"])
+@torch.no_grad()
+def test_a_mask_of_its_own_is_about_its_tokens(method, scope):
+    """A module in front of the layers that gets a mask is told of its padding by it."""
+    model = method(Embedded(), r"trunk\.layers\.\d\.[02]|queries\.project", routing_scope=scope)
+    x, mask = torch.randn(2, 5, 8).double(), torch.ones(2, 5)
+    mask[1, 3:] = 0
+    together = model(inputs_embeds=x, attention_mask=mask)
+    same(model(inputs_embeds=x[1:, :3], attention_mask=mask[1:, :3]), together[1:, :5])
+
+
+class Patches(Embedded):
+    """The model's inputs are under no name that tells tokens."""
+
+    def forward(self, patches: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.trunk(self.queries(patches), attention_mask)
+
+
+@pytest.mark.parametrize("scope", ["causal", "sequence"])
+@torch.no_grad()
+def test_a_mask_of_as_many_tokens_is_about_them(method, scope):
+    """A module in front of the layers sees as many tokens as the mask of the model's call."""
+    model = method(Patches(), r"trunk\.layers\.\d\.[02]|queries\.project", routing_scope=scope)
+    x, mask = torch.randn(2, 5, 8).double(), torch.ones(2, 5)
+    mask[1, 3:] = 0
+    together = model(patches=x, attention_mask=mask)
+    same(model(patches=x[1:, :3], attention_mask=mask[1:, :3]), together[1:, :3])
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 @torch.no_grad()
 def test_heads_on_one_vector_per_row(method, container):

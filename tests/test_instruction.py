@@ -500,3 +500,17 @@ def test_sft_over_many_instructions(tmp_path, encoder, checkpointing):
     trainer.train()
     logged = trainer.state.log_history[0]["loss"]
     assert logged == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)  # completions of equal length
+
+
+def test_training_without_a_word_on_instructions_is_refused(model):
+    """A trainer that drops its column must not train an adapter that follows nothing; a default or None is a word."""
+    inputs = text() | {"labels": text()["input_ids"]}
+    model.train()
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"first training call brings none. Call `use_instruction_column\(trainer\)`"
+        ):
+            model(**inputs)
+    with use_instructions(model, None):
+        model(**inputs)
+    model(**inputs)

@@ -43,7 +43,7 @@ class Plan:
             call is known to be about; "" if there are none.
 
     Attributes:
-        has_seen_prompt: whether the prompts of a first training call have been looked at.
+        seen: what a training call has shown once, so that no later one waits for the device.
     """
 
     adapter_name: str
@@ -53,7 +53,7 @@ class Plan:
     first_block: int
     num_blocks: int
     mixed: str = ""
-    has_seen_prompt: bool = field(default=False, init=False)
+    seen: set[str] = field(default_factory=set, init=False)
 
     @property
     def last_read(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from .arguments import TOKEN_ARGUMENTS, leading_tensor
 from .cache import cached_length, find_cache
 from .model_call import ModelCall
 from .plan import Plan, StackTraits
+from .prompts import check_no_more_prompt, check_some_prompt, miss_prompt
 from .rows import Rows
 from .tokens import (
     check_rows,
@@ -101,7 +101,10 @@ class StackCall:
             check_rows(visible, real, self.model_call.is_generating)
         prompt, given = self._prompt(real, segments), self._generation_prompt()
         if self.traits.predicts and plan.scope.needs_prompt:
-            self._check_prompt(plan, prompt, real)
+            if prompt is None and not self.model_call.is_generating:
+                miss_prompt(plan, self.is_training)
+            elif prompt is not None and self.is_training:
+                check_some_prompt(plan, prompt, real)
         return Tokens(real, prompt, given, segments, visible)
 
     def _prompt(self, real: Tensor | None, segments: Tensor | None) -> Tensor | None:
@@ -131,54 +134,9 @@ class StackCall:
 
     def check_continues(self, plan: Plan) -> None:
         """Raise a ValueError if the call marks more of the prompt whose routes its cache has brought."""
-        if not (plan.scope.needs_prompt and self.traits.predicts):
-            return
-        real, _ = read_mask(self.arguments.get("attention_mask"), self.batch, self.length, self.past)
-        prompt = self._prompt(real, None)
-        if prompt is None or isinstance(prompt, FakeTensor):
-            return
-        message = (
-            f"Adapter {plan.adapter_name!r} has the routing scope 'prompt', and a call that goes on from a filled "
-            "cache marks tokens as prompt, by `prompt_mask` or by labels of -100 before the first supervised one. "
-            "Routes stay as the cached prompt made them. Pass the prompt in one call, or use `routing_scope='causal'`."
-        )
-        if torch.compiler.is_compiling():
-            torch._assert_async(~prompt.any(), message)
-        elif prompt.any():
-            raise ValueError(message)
-
-    def _check_prompt(self, plan: Plan, prompt: Tensor | None, real: Tensor | None) -> None:
-        """In training the answer must not route itself, and some token should."""
-        if prompt is None:
-            if not self.model_call.is_generating:
-                self._miss_prompt(plan.adapter_name)
-            return
-        is_looked_at = plan.has_seen_prompt or torch.compiler.is_compiling() or isinstance(prompt, FakeTensor)
-        if is_looked_at or not self.is_training or not prompt.numel():
-            return
-        plan.has_seen_prompt = True
-        if not (prompt if real is None else prompt & real).any():  # waits for the device, once
-            warnings.warn(
-                f"Adapter {plan.adapter_name!r} has the routing scope 'prompt', but every token of its first training "
-                "call is supervised, so there is no prompt, and routes are the same for all inputs. Set the `labels` "
-                "of prompts to -100 (in TRL `completion_only_loss=True`), or use `routing_scope='causal'`.",
-                stacklevel=2,
-            )
-
-    def _miss_prompt(self, adapter_name: str) -> None:
-        """Nothing tells the prompt: in training the answer would route itself."""
-        message = (
-            f"Adapter {adapter_name!r} has the routing scope 'prompt', but nothing in the call tells the prompt: "
-            "neither integer `labels` [batch, tokens] nor `prompt_mask`"
-        )
-        if self.is_training:
-            raise ValueError(
-                f"{message}, so the answer would route itself. Put a `prompt_mask` [batch, tokens] in the batch of a "
-                "trainer that takes the labels out of it (`label_smoothing_factor`, `compute_loss_func`), or use "
-                "`routing_scope='causal'`."
-            )
-        if not torch.compiler.is_compiling():
-            warnings.warn(f"{message}. All its tokens count as the prompt.", stacklevel=2)
+        if plan.scope.needs_prompt and self.traits.predicts:
+            real, _ = read_mask(self.arguments.get("attention_mask"), self.batch, self.length, self.past)
+            check_no_more_prompt(plan, self._prompt(real, None))
 
     def reading(self, held_by: StackCall | None) -> StackCall:
         """This call of a stack outside of all layers, with the tokens of the stack whose output it reads.
@@ -261,9 +219,10 @@ class StackCall:
             for its default.
 
         Raises:
-            ValueError: for another number of instructions.
+            ValueError: for another number of instructions, and for none at all in an adapter's first training call.
         """
         embeds = self.model_call.instruction(plan)
+        self._check_told(plan, embeds is not None)
         if embeds is None:
             return None, None
         index = self._sequence_index() if len(embeds) > 1 else None
@@ -279,6 +238,21 @@ class StackCall:
                 "`seq_idx` or `cu_seq_lens_q` say."
             )
         return embeds, index
+
+    def _check_told(self, plan: Plan, is_told: bool) -> None:
+        """A trainer that drops its column of instructions would train an adapter that never learns to follow any."""
+        default = plan.router.default_instruction
+        if default is None or not self.is_training or self.model_call.is_generating or "instruction" in plan.seen:
+            return
+        if torch.compiler.is_compiling() or isinstance(default.weight, FakeTensor):
+            return
+        if not is_told and not default.weight.any():
+            raise ValueError(
+                f"Adapter {plan.adapter_name!r} takes instructions, and its first training call brings none. Call "
+                "`use_instruction_column(trainer)` before `trainer.train()`, pass `instruction_embeds`, or say that "
+                "there is none: `with use_instructions(model, None):`."
+            )
+        plan.seen.add("instruction")
 
     def has_packed_instructions(self, plan: Plan) -> bool:
         """Whether an adapter was given instructions in a number that only the sequences of packed rows can have."""
