@@ -196,6 +196,9 @@ def cached_length(cache: Cache | None) -> int | Tensor:
     """Number of tokens per row, padding included, that `cache` holds.
 
     A tensor without dimensions in a graph that goes on from a static cache: that counts in a tensor.
+
+    Raises:
+        ValueError: while a step of a static cache is exported.
     """
     if cache is None:
         return 0
@@ -204,6 +207,12 @@ def cached_length(cache: Cache | None) -> int | Tensor:
         length: int | Tensor = cache.get_seq_length()
     except ValueError:  # linear attention alone keeps no count, so ours is all there is
         length = lengths[0] if lengths else int(cache.has_previous_state())
+    if torch.compiler.is_exporting() and isinstance(length, Tensor):
+        raise ValueError(
+            "Steps of a static cache cannot be exported with an adapter: one graph for every step cannot carry what "
+            "routes need. Merge the adapter first, `with fix_routes(model, routes): model = model.merge_and_unload()`"
+            ", or export calls with `use_cache=False`."
+        )
     if lengths and torch.compiler.is_compiling() and isinstance(length, Tensor):
         return length.clone()  # layers count on in place
     return int(length)

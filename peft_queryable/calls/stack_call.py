@@ -128,15 +128,16 @@ class StackCall:
     def _generation_prompt(self) -> Tensor | None:
         """Tokens [B, T] that `generate` was called with; None outside of its prefill."""
         length = self.model_call.prompt_length
-        if length is None or self.is_step or not self.traits.predicts:
+        if length is None or not self.traits.predicts:
             return None
         return (torch.arange(self.inputs.shape[1], device=self.inputs.device) < length).expand(self.batch, -1)
 
     def check_continues(self, plan: Plan) -> None:
         """Raise a ValueError if the call marks more of the prompt whose routes its cache has brought."""
-        if plan.scope.needs_prompt and self.traits.predicts:
+        if plan.scope.needs_prompt:
             real, _ = read_mask(self.arguments.get("attention_mask"), self.batch, self.length, self.past)
-            check_no_more_prompt(plan, self._prompt(real, None))
+            prompt = self._prompt(real, None)
+            check_no_more_prompt(plan, prompt if prompt is None or real is None else prompt & real)
 
     def reading(self, held_by: StackCall | None) -> StackCall:
         """This call of a stack outside of all layers, with the tokens of the stack whose output it reads.

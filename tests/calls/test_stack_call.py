@@ -145,6 +145,12 @@ def test_training_where_all_is_supervised_warns_once():
         in_scope_prompt().train()(input_ids=ids, attention_mask=padded, prompt_mask=1 - padded)
 
 
+def test_labels_of_other_tokens_tell_no_prompt():
+    """Labels of another length than the call are about other tokens: nothing tells the prompt."""
+    with pytest.raises(ValueError, match="so the answer would route itself"):
+        in_scope_prompt().train().base_model.model.model(input_ids=token_ids(2, 6), labels=token_ids(2, 5))
+
+
 # A prompt that goes on in a second call
 
 
@@ -157,6 +163,8 @@ def test_a_step_with_more_of_the_prompt_is_refused():
         cache = model(input_ids=ids[:, :4], prompt_mask=torch.ones(2, 4))[CACHE]
         with pytest.raises(ValueError, match="goes on from a filled cache marks tokens as prompt"):
             model(input_ids=answer, **{CACHE: cache}, **marks)
-    for marks in ({"prompt_mask": torch.zeros(2, 2)}, {"labels": answer}, {}):
+    padded = {"labels": torch.tensor([[-100, 1], [2, 3]]), "attention_mask": torch.ones(2, 6)}
+    padded["attention_mask"][0, 4] = 0
+    for marks in ({"prompt_mask": torch.zeros(2, 2)}, {"labels": answer}, {}, padded):
         cache = model(input_ids=ids[:, :4], prompt_mask=torch.ones(2, 4))[CACHE]
         model(input_ids=answer, **{CACHE: cache}, **marks)
