@@ -145,6 +145,21 @@ def test_training_where_all_is_supervised_warns_once():
         in_scope_prompt().train()(input_ids=ids, attention_mask=padded, prompt_mask=1 - padded)
 
 
+@pytest.mark.parametrize("scope", ["prompt", "sequence"])
+def test_the_prompt_of_generate_is_the_decoders(scope):
+    """In `generate` an encoder's routes see all of its tokens, though the decoder's prompt is one token."""
+    model = adapted(t5(), target_modules=["q", "v"], routing_scope=scope)
+    randomise(model)
+    routes = []
+    for run in (lambda: model.generate(**text(), max_new_tokens=2), lambda: model.get_encoder()(**text())):
+        with record_routing(model) as trace:
+            run()
+        routes.append([call.weights for call in trace.calls if call.stack == "encoder"])
+    (generated,), (alone,) = routes
+    for block, weights in alone.items():
+        torch.testing.assert_close(generated[block], weights)
+
+
 def test_labels_of_other_tokens_tell_no_prompt():
     """Labels of another length than the call are about other tokens: nothing tells the prompt."""
     with pytest.raises(ValueError, match="so the answer would route itself"):
