@@ -16,16 +16,17 @@ Every finished run is a line of OUTPUT/runs.jsonl, and an interrupted command go
 `python -m recipes.language.tables` makes the tables again.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
 from recipes.common.workers import Workers
-from recipes.language.arguments import FIRST_CHOOSING_SEED, QUICK, QUICK_SETTING, Arguments
-from recipes.language.jobs import finetune_missing, finished, pretrain_missing
-from recipes.language.runs import Job, Setting
+from recipes.language.arguments import FIRST_CHOOSING_SEED, QUICK, QUICK_SETTING, Arguments, Setting
+from recipes.language.jobs import finetune_missing, pretrain_missing
+from recipes.language.records import finished
+from recipes.language.runs import Job
 from recipes.language.tables import report
 
 
@@ -36,7 +37,7 @@ def main(args: Arguments) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     first = FIRST_CHOOSING_SEED if args.choosing else 0
     seeds = range(first, first + args.seeds)
-    done = finished(results, setting)
+    done = finished(results, asdict(setting))
     jobs = [Job(*each) for each in product(args.conditions, args.ranks, args.arms, args.rates) if is_sensible(*each)]
     missing = {job: left for job in jobs if (left := [seed for seed in seeds if (*job, seed) not in done])}
     with Workers(args.processes) as workers:

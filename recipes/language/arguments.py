@@ -1,4 +1,4 @@
-"""The arguments of the recipe."""
+"""The arguments of the recipe, and the sizes of its trainings."""
 
 import os
 from dataclasses import dataclass, field
@@ -9,6 +9,19 @@ from recipes.language.skills import CONDITIONS
 FIRST_CHOOSING_SEED = 100  # seeds from here on chose the library's defaults, and no table shows them
 QUICK = {"conditions": ["first"], "arms": ["lora", "static", "scale-1"], "ranks": [2], "rates": [0.01], "seeds": 2}
 QUICK_SETTING = {"base_steps": 20, "steps": 4, "stage_steps": 2, "validation": 16, "test": 16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How long bases and adapters train, and on how many examples they are measured."""
+
+    base_steps: int = 2500
+    base_batch: int = 64
+    steps: int = 200  # of a fine-tuning
+    stage_steps: int = 50  # of each task, where one comes after another
+    batch: int = 32
+    validation: int = 256
+    test: int = 512
 
 
 @dataclass

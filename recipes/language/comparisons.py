@@ -1,6 +1,5 @@
 """Arms compared run by run: in every arm, a seed has the same base and the same examples."""
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import NamedTuple
 from scipy.stats import t
 
 from recipes.language.arms import ARMS
+from recipes.language.records import load
 
 TITLES = {  # of comparisons, in the order of the tables
     "token": "Told by a token",
@@ -50,11 +50,13 @@ class Best(NamedTuple):
     runs: Runs
 
 
-def read(path: Path) -> dict[tuple[str, int], dict[str, dict[float, Runs]]]:
-    """Records by condition and rank, then arm, rate and seed, in the order of the tables."""
+def read(*paths: Path) -> dict[tuple[str, int], dict[str, dict[float, Runs]]]:
+    """Records by condition and rank, then arm, rate and seed, in the order of the tables.
+
+    Of a run that several files have, the last one counts.
+    """
     found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in load(*paths):
         found[record["condition"], record["rank"]][record["arm"]][record["lr"]][record["seed"]] = record
     places = sorted(found, key=lambda place: (-place[1], list(TITLES).index(place[0])))
     return {place: {arm: found[place][arm] for arm in ARMS if arm in found[place]} for place in places}

@@ -1,6 +1,5 @@
-"""What is left to do of a command, as tasks for the workers, and the files that hold what is done."""
+"""What is left to do of a command, as tasks for the workers."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,22 +10,15 @@ import torch
 from torch import nn
 
 from recipes.common.workers import Workers
-from recipes.language.arguments import Arguments
+from recipes.language.arguments import Arguments, Setting
 from recipes.language.base import new_base, pretrain
-from recipes.language.runs import Job, Setting, finetune
+from recipes.language.records import add
+from recipes.language.runs import Job, finetune
 from recipes.language.skills import stages_of
 
 
 def chunks(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (seeds[i : i + size] for i in range(0, len(seeds), size))
-
-
-def finished(path: Path, setting: Setting) -> set[tuple]:
-    """Condition, rank, arm, rate and seed of the runs that are in `path`."""
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if any(record["setting"] != asdict(setting) for record in records):
-        raise SystemExit(f"{path} has runs of another setting: remove it, or name another --output_dir.")
-    return {(*(record[name] for name in Job._fields), record["seed"]) for record in records}
 
 
 def base_path(args: Arguments, seed: int) -> Path:
@@ -65,8 +57,7 @@ def finetune_missing(
         for seeds in chunks(left, args.at_once)
     ]
     for records in workers.results(tasks, setting.steps, "fine-tuning", "step"):
-        with results.open("a") as file:
-            file.writelines(json.dumps({"setting": asdict(setting), **record}) + "\n" for record in records)
+        add(results, asdict(setting), records)
 
 
 def finetune_some(args: Arguments, setting: Setting, job: Job, seeds: Sequence[int], steps: Queue) -> list[dict]:

@@ -2,36 +2,21 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from math import inf, isfinite, log
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from peft_queryable import RouteStatistics
-from peft_queryable.metrics import information
+from recipes.language.arguments import Setting
 from recipes.language.arms import ARMS, attach, inputs, routing
-from recipes.language.base import Stacked, is_exact, train
+from recipes.language.routes import shuffled, told_by
 from recipes.language.skills import TASKS, stages_of, task_lines, tasks_of
+from recipes.language.stacked import Stacked, is_exact, train
 
 TRAIN, VALIDATION, TEST = range(3)  # streams of examples
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How long bases and adapters train, and on how many examples they are measured."""
-
-    base_steps: int = 2500
-    base_batch: int = 64
-    steps: int = 200  # of a fine-tuning
-    stage_steps: int = 50  # of each task, where one comes after another
-    batch: int = 32
-    validation: int = 256
-    test: int = 512
 
 
 class Job(NamedTuple):
@@ -112,33 +97,9 @@ class Runs:
         tasks = self.tasks(0, n)
         told = []
         for weights in self.stacked.routes(self.stream(0, n, TEST)(), tasks):  # [blocks, n, K, M] of a run
-            statistics = RouteStatistics()
-            statistics.add(dict(enumerate(weights)))
-            tokens = weights.shape[2]
-            by_task = tasks.repeat_interleave(tokens)
-            by_place = torch.arange(tokens).repeat(n)
-            flat = weights.flatten(1, 2).double()
-            told.append(
-                {
-                    "mi_task": sum(information(each, by_task).item() for each in flat) / len(flat) / log(2),
-                    "mi_place": sum(information(each, by_place).item() for each in flat) / len(flat) / log(2),
-                    "entropy": statistics.summary()["entropy"] / log(2),
-                    "dead": statistics.summary()["dead"],
-                }
-            )
+            lengths = torch.full((n,), weights.shape[2])
+            told.append(told_by(dict(enumerate(weights.flatten(1, 2))), lengths, tasks))
         return told
-
-
-@contextmanager
-def shuffled(model: nn.Module, n: int) -> Iterator[None]:
-    """Within it, each of n lines has the routes that another one would have."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    router = model.base_model.queryable_lora_router["default"]
-    handle = router.register_forward_hook(lambda router, arguments, weights: weights[order])
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def finetune(

@@ -7,10 +7,13 @@ python -m recipes.language.tables outputs/language/runs.jsonl
 
 # Put them into docs/language-models.md as well
 python -m recipes.language.tables outputs/language/runs.jsonl --write_docs
+
+# One table of the runs of several machines
+python -m recipes.language.tables machines/*/runs.jsonl
 """
 
+import argparse
 import statistics
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -89,11 +92,11 @@ def plot(found: Mapping[tuple[str, int], Mapping[str, Best]], rank: int, path: P
     save(figure, path.with_name(f"{path.stem}-r{rank}.svg"))
 
 
-def report(path: Path) -> str:
-    """All tables of the runs in `path`, in Markdown. Their pictures are saved beside it."""
-    found = {place: {arm: best(rates) for arm, rates in arms.items()} for place, arms in read(path).items() if arms}
+def report(*paths: Path) -> str:
+    """All tables of the runs in `paths`, in Markdown. Their pictures are saved beside the first."""
+    found = {place: {arm: best(rates) for arm, rates in arms.items()} for place, arms in read(*paths).items() if arms}
     for rank in {rank for _, rank in found}:
-        plot(found, rank, path)
+        plot(found, rank, paths[0])
     return "\n\n".join(
         f"### {TITLES[condition]}, r = {rank}\n\n{table(arms)}\n\n{routes_table(arms)}".rstrip()
         for (condition, rank), arms in found.items()
@@ -106,12 +109,22 @@ def write_docs(text: str, path: Path) -> None:
     fill_place("language-models.md", f"recipes.language {path.stem}", text, figures)
 
 
-def main(path: Path, *options: str) -> None:
-    text = report(path)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.language.tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="of one name, with runs of one setting")
+    parser.add_argument("--write_docs", action="store_true", help="put the tables into docs/language-models.md")
+    options = parser.parse_args(arguments)
+    if len(names := {path.name for path in options.files}) > 1:
+        parser.error(f"files of one name make one table, got {', '.join(sorted(names))}")
+    text = report(*options.files)
     print(text)
-    if "--write_docs" in options:
-        write_docs(text, path)
+    if options.write_docs:
+        write_docs(text, options.files[0])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main()

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,14 +12,17 @@ from scipy.stats import ttest_1samp
 
 import recipes.language.__main__ as recipe
 from peft_queryable import record_routing
+from recipes.common import report
 from recipes.language import tables
-from recipes.language.arguments import QUICK, QUICK_SETTING, Arguments
+from recipes.language.arguments import QUICK, QUICK_SETTING, Arguments, Setting
 from recipes.language.arms import SHOWN
-from recipes.language.base import answer_loss, new_base, pretrain
-from recipes.language.comparisons import best, forgetting, ratio
-from recipes.language.jobs import finished
-from recipes.language.runs import TEST, TRAIN, Job, Runs, Setting, finetune, shuffled
+from recipes.language.base import new_base, pretrain
+from recipes.language.comparisons import best, forgetting, ratio, read
+from recipes.language.records import finished
+from recipes.language.routes import shuffled
+from recipes.language.runs import TEST, TRAIN, Job, Runs, finetune
 from recipes.language.skills import CONDITIONS, PLACES, PROMPT, SEPARATOR, SKILLS, TASKS, lines, task_lines, tasks_of
+from recipes.language.stacked import answer_loss
 
 SETTING = replace(Setting(), **QUICK_SETTING)
 
@@ -157,11 +160,12 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
     assert (redone["arm"], redone["seed"]) == keys[3]
     assert redone["test"] == pytest.approx(missing["test"], rel=1e-4)
     with pytest.raises(SystemExit, match="another setting: remove it"):
-        finished(results, replace(SETTING, steps=5))
+        finished(results, asdict(replace(SETTING, steps=5)))
 
 
-def record(arm, seed, lr, validation, test):
+def record(arm, seed, lr, validation, test, **setting):
     return {
+        "setting": {"steps": 200, **setting},
         "condition": "first",
         "rank": 8,
         "arm": arm,
@@ -175,6 +179,12 @@ def record(arm, seed, lr, validation, test):
     }
 
 
+def write(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    return path
+
+
 def test_the_tables_against_numbers_by_hand(tmp_path):
     """Validation data choose the rate, test data are shown, and ratios are paired by seed."""
     lora, ours = [2.0, 1.0, 4.0], [0.5, 0.9, 1.5]
@@ -183,9 +193,8 @@ def test_the_tables_against_numbers_by_hand(tmp_path):
     records += [record("static", seed, lr, loss, loss) for lr in (0.1, 0.2, 0.3) for seed, loss in enumerate(ours)]
     records += [record("scale-1", seed, lr, lr - 0.1, lr) for lr in (0.2, 0.3) for seed in range(3)]
     records += [record("scale-1", seed, 0.1, math.inf, math.inf) for seed in range(3)]
-    path = tmp_path / "runs.jsonl"
-    path.write_text("".join(json.dumps(each) + "\n" for each in reversed(records)))
-    found = tables.read(path)["first", 8]
+    path = write(tmp_path / "runs.jsonl", records[::-1])
+    found = read(path)["first", 8]
     assert best(found["lora"]).lr == 0.01 and best(found["lora"]).is_edge
     assert best(found["scale-1"]).lr == 0.2 and not best(found["scale-1"]).is_edge
     told = ratio(found["static"][0.1], found["lora"][0.01])
@@ -196,6 +205,38 @@ def test_the_tables_against_numbers_by_hand(tmp_path):
     assert "### Decided by the first symbol, r = 8" in text
     assert "| 2.000 | 0.50 | 0.01* | 3 | 1,000 | 2.0 |" in text
     assert f"| {told} |" in text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_files_of_several_machines_make_one_table(tmp_path, monkeypatch, capsys):
+    """Their tables are those of one file with all records, wherever the model lay; pictures are beside the first."""
+    records = [
+        record(arm, seed, 0.01, seed + 1, loss * (seed + 1), model=f"/home/{seed}/model")
+        for seed in range(4)
+        for arm, loss in (("lora", 1.0), ("scale-1", 0.5))
+    ]
+    parts = [write(tmp_path / f"{i}" / "runs.jsonl", records[4 * i : 4 * i + 4]) for i in range(2)]
+    whole = tables.report(write(tmp_path / "runs.jsonl", records))
+    edges = [f"<!-- {edge} of recipes.language runs -->" for edge in ("start", "end")]
+    (tmp_path / "language-models.md").write_text("\n\n".join(edges))
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    tables.main([*map(str, parts), "--write_docs"])
+    assert capsys.readouterr().out == f"{whole}\n" and "| 4 " in cells(whole)
+    assert whole in (tmp_path / "language-models.md").read_text()
+    assert (tmp_path / "language-runs-r8.svg").read_text() == (parts[0].parent / "runs-r8.svg").read_text()
+    assert not (parts[1].parent / "runs-r8.svg").exists()
+
+
+def test_files_that_make_no_table_together(tmp_path, capsys):
+    """Another setting, or another name, is named."""
+    one, two, named = (
+        write(tmp_path / name, [record("lora", 0, 0.01, 1.0, 1.0, model=f"/home/{model}")])
+        for name, model in (("1/runs.jsonl", "a"), ("2/runs.jsonl", "b"), ("2/choosing.jsonl", "a"))
+    )
+    with pytest.raises(SystemExit, match=rf"{two} has runs of another setting than {one}, \{{'model': 'b'\}}"):
+        tables.main([str(one), str(two)])
+    with pytest.raises(SystemExit):
+        tables.main([str(one), str(named)])
+    assert "files of one name make one table, got choosing.jsonl, runs.jsonl" in capsys.readouterr().err
 
 
 def test_ratios_need_common_seeds():

@@ -9,7 +9,7 @@ from helpers.recipes import run, save_model
 from torch.nn import functional as F
 
 from recipes.language.mixtures import LANGUAGES, MIXTURES, TELLINGS, mixture_data, split
-from recipes.language.smollm2 import information_of
+from recipes.language.routes import told_by
 
 SETTING = ["--steps", 3, "--batch", 4, "--validation", 1, "--test", 2, "--seeds", 1, "--rates", 0.01, "--processes", 1]
 
@@ -42,11 +42,11 @@ def test_what_routes_tell():
     """Routes that are the task: 1 bit of two tasks, nothing of the place, and no uncertainty within a route."""
     tasks, lengths = torch.tensor([0, 1, 1, 0]), torch.tensor([2, 3, 2, 3])
     routes = F.one_hot(tasks, 4).double().repeat_interleave(lengths, 0)
-    told = information_of({0: [routes[:5], routes[5:]], 1: [torch.full_like(routes, 0.25)]}, lengths, tasks)
+    told = told_by({0: routes, 1: torch.full_like(routes, 0.25)}, lengths, tasks)
     assert told["mi_task"] == pytest.approx(0.5) and told["mi_place"] == pytest.approx(0, abs=1e-9)
     assert told["entropy"] == pytest.approx(1.0)  # 0 bits in one block and 2 in the other
     by_place = F.one_hot(torch.cat([torch.arange(n) for n in (2, 3, 2, 3)]), 4).double()
-    assert information_of({0: [by_place]}, lengths, tasks)["mi_place"] > 1
+    assert told_by({0: by_place}, lengths, tasks)["mi_place"] > 1
 
 
 def test_the_command_measures_and_goes_on(tmp_path):
