@@ -16,37 +16,26 @@ after the last one. A seed is that of the initialisation and of the order of the
 """
 
 import json
-import statistics
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig
 
 from recipes.common.arguments import DEFAULTS, RecipeParser, adapter_configs, parse_recipe
 from recipes.common.evaluate import ScoreArguments
-from recipes.common.report import fill_place, markdown_table
+from recipes.common.report import fill_place
 from recipes.common.smollm2 import smollm2_folder
 from recipes.instructions.__main__ import OWN_DEFAULTS, InstructedArguments
 from recipes.instructions.data import instruction_data
+from recipes.serve.results import read, table
 from recipes.serve.trainings import METHODS, Work
 from recipes.sft.data import reasoning_data
 
 DATA = {  # the recipe's data, the column of the task, its defaults
     "sft": (reasoning_data, "family", DEFAULTS | {"output_dir": "outputs/losses", "train_size": 400}),
     "instructions": (instruction_data, "task", OWN_DEFAULTS | {"output_dir": "outputs/losses", "train_size": 1200}),
-}
-LABELS = {
-    "routed": "routed",
-    "means": "fixed at one mean of the routes per task",
-    "mean": "fixed at one mean of the routes",
-    "closed": "its own A and B alone (S = 0)",
-    "lora": "one LoRA for all tasks",
-    "each": "one LoRA per task, together as many steps",
-    "each-long": "one LoRA per task, each as many steps",
 }
 
 
@@ -103,36 +92,6 @@ def by_task(examples: Dataset, column: str) -> dict[str, Dataset]:
     kept = [name for name in ("prompt", "completion", "instruction") if name in examples.column_names]
     tasks = dict.fromkeys(examples[column])
     return {task: examples.filter(lambda row, task=task: row[column] == task).select_columns(kept) for task in tasks}
-
-
-def read(path: Path, settings: Mapping[str, Any]) -> list[dict]:
-    """The records of finished trainings."""
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if any(record["settings"] != settings for record in records):
-        raise SystemExit(f"{path} has trainings with other settings: remove it, or name another --output_dir.")
-    return records
-
-
-def table(records: list[dict]) -> str:
-    """By row, the mean loss over tasks and seeds, and the paired difference from the routed adapter's."""
-    found: dict[str, dict[int, float]] = {}
-    for record in records:
-        for name, losses in record["losses"].items():
-            found.setdefault(name, {})[record["seed"]] = statistics.mean(losses.values())
-    routed, rows = found.get("routed", {}), []
-    for name, label in LABELS.items():
-        if by_seed := found.get(name):
-            more = [loss - routed[seed] for seed, loss in by_seed.items() if seed in routed]
-            rows.append([label, spread(list(by_seed.values()), ""), spread(more, "+"), str(len(by_seed))])
-    return markdown_table(["", "held-out loss", "more than routed", "seeds"], rows)
-
-
-def spread(numbers: list[float], sign: str) -> str:
-    """Mean and range."""
-    if not numbers:
-        return ""
-    mean, low, high = (f"{number:{sign}.3f}" for number in (statistics.mean(numbers), min(numbers), max(numbers)))
-    return f"{mean} ({low} to {high})"
 
 
 def parse(arguments: list[str]) -> tuple:

@@ -10,7 +10,7 @@ from helpers.recipes import save_model
 
 from recipes.common import report
 from recipes.common.arguments import adapter_configs
-from recipes.serve import losses, trainings
+from recipes.serve import losses, results, trainings
 
 needs_reasoning_gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"
@@ -113,7 +113,7 @@ def test_table():
         by_task = {name: dict(zip("ab", values, strict=True)) for name, values in arms.items()}
         return {"seed": seed, "method": method, "losses": by_task}
 
-    text = losses.table(
+    text = results.table(
         [
             record(0, "queryable", routed=[1.0, 2.0], mean=[2.0, 2.0]),
             record(1, "queryable", routed=[2.0, 2.0], mean=[2.5, 2.0]),
