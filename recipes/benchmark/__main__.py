@@ -26,9 +26,10 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from recipes.benchmark.arguments import QUICK, Arguments
 from recipes.benchmark.conditions import conditions, read_results, settings
 from recipes.benchmark.growth import growth_table
-from recipes.benchmark.plan import QUICK, Arguments, sections, setups
+from recipes.benchmark.plan import sections, setups
 from recipes.benchmark.plots import plot_growth, plot_ratios
 from recipes.benchmark.profile import write_profiles
 from recipes.benchmark.tables import report

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from recipes.benchmark.plan import Arguments
-from recipes.benchmark.tables import FAILED
+from recipes.benchmark.arguments import Arguments
+from recipes.benchmark.cells import FAILED
 
 
 def settings(args: Arguments) -> dict:

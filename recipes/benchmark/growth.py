@@ -1,7 +1,7 @@
 """How our time and memory beside LoRA's change as one size of the model or of its work grows."""
 
+from recipes.benchmark.cells import NAMES, quartiles
 from recipes.benchmark.methods import SCOPES
-from recipes.benchmark.tables import NAMES, quartiles
 from recipes.common.report import markdown_table
 
 GROWTH_KINDS = {"prefill": "time of prefill", "train": "time of a training step", "memory": "memory of training"}

@@ -1,70 +1,22 @@
-"""What is measured: the arguments, and the sections of the JSON that follow from them."""
+"""What is measured: the sections of the JSON, as they follow from the arguments."""
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 
 from peft_queryable import RoutingCallback
+from recipes.benchmark.arguments import SWEEPS, Arguments
 from recipes.benchmark.launches import launches
 from recipes.benchmark.memory import memory_in_new_process
-from recipes.benchmark.methods import COUNTED, METHODS, adapted
-from recipes.benchmark.shapes import MODELS, Setup, base_model
+from recipes.benchmark.methods import COUNTED, adapted
+from recipes.benchmark.shapes import Setup, base_model
 from recipes.benchmark.timing import flops, load_times, paired
 from recipes.benchmark.work import WORKS, can_do, train
 
 WATCHED = "causal"  # the scope with most routes
 GROWTH_LAYERS = 8  # enough for eight blocks
-SWEEPS = {
-    "length": (64, 128, 256, 512, 1024),
-    "batch": (1, 2, 4, 8, 16),
-    "r": (4, 8, 16, 32, 64),
-    "num_atoms": (4, 8, 16, 32, 64),
-    "top_k": (1, 2, 4, 8, 16),
-    "num_blocks": (1, 2, 4, 8),
-    "modules": (1, 2, 3, 4, 5, 6, 7),
-}
-QUICK = {"models": ["tiny"], "rounds": 2, "length": 16, "prompt": 8, "new_tokens": 3}
-
-
-@dataclass
-class Arguments:
-    output_dir: str = field(default="outputs/benchmark", metadata={"help": "Folder for the JSON, tables and figures."})
-    models: list[str] = field(
-        default_factory=lambda: ["SmolLM2-135M", "Qwen2.5-0.5B"],
-        metadata={"help": "Shapes to measure, with random weights.", "choices": list(MODELS)},
-    )
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": "lora must be among them.", "choices": list(METHODS)}
-    )
-    works: list[str] = field(
-        default_factory=lambda: list(WORKS),
-        metadata={"help": "What the models do; `none` leaves the sweeps alone.", "choices": [*WORKS, "none"]},
-    )
-    modes: list[str] = field(
-        default_factory=lambda: ["eager"],
-        metadata={
-            "help": "Without or with torch.compile; memory and sweeps are eager.",
-            "choices": ["eager", "compile"],
-        },
-    )
-    device: str = field(default="cpu", metadata={"help": "Device of the models.", "choices": ["cpu", "cuda"]})
-    dtype: str = field(default="float32", metadata={"help": "Type of the base model's weights."})
-    threads: int = field(default=os.cpu_count() or 1, metadata={"help": "Threads of torch."})
-    rounds: int = field(default=15, metadata={"help": "Measurements of each method."})
-    length: int = field(default=256, metadata={"help": "Tokens per row in prefill and training."})
-    batch: int = field(default=2, metadata={"help": "Rows in prefill and training."})
-    prompt: int = field(default=64, metadata={"help": "Tokens per row before decoding."})
-    new_tokens: int = field(default=16, metadata={"help": "Tokens per row that are decoded."})
-    sweeps: list[str] = field(
-        default_factory=lambda: list(SWEEPS),
-        metadata={"help": "Sizes to sweep, on the first of the models.", "choices": [*SWEEPS, "none"]},
-    )
-    quick: bool = field(default=False, metadata={"help": "A tiny model, few rounds and two values per sweep."})
-    profile: bool = field(default=False, metadata={"help": "Profile instead of measuring."})
-    write_docs: bool = field(default=False, metadata={"help": "Put the tables and figures into docs/speed.md."})
 
 
 def setups(args: Arguments) -> list[Setup]:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from recipes.benchmark.cells import NAMES, WORK_NAMES, quartiles
 from recipes.benchmark.growth import GROWTH_KINDS, growth_ratio, swept_values
 from recipes.benchmark.methods import SCOPES
-from recipes.benchmark.tables import NAMES, WORK_NAMES, quartiles
 from recipes.common.figures import plt, save
 
 SHOWN = (0.8, 1.4)  # ratios that the axes have room for

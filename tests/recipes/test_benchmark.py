@@ -7,13 +7,14 @@ import torch
 from helpers.recipes import ROOT, cells, run
 
 import recipes.benchmark.__main__ as recipe
+from recipes.benchmark.arguments import QUICK, Arguments
+from recipes.benchmark.cells import time_cell
 from recipes.benchmark.conditions import read_results
 from recipes.benchmark.launches import Kernels, launches
 from recipes.benchmark.methods import COUNTED, adapted
 from recipes.benchmark.methods import METHODS as ALL_METHODS
-from recipes.benchmark.plan import QUICK, Arguments, sections
+from recipes.benchmark.plan import sections
 from recipes.benchmark.shapes import Setup, base_model
-from recipes.benchmark.tables import time_cell
 from recipes.benchmark.timing import paired
 from recipes.benchmark.work import WARM_UP
 from recipes.common import report
