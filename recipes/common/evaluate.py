@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, apply_chat_template, get_quantization_config, is_conversational
 
 import peft_queryable  # noqa: F401  registers the method with PEFT
-from recipes.common.arguments import RecipeParser
 from recipes.common.files import read_lines
+from recipes.common.parser import RecipeParser
 
 
 @dataclass

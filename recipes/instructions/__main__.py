@@ -28,9 +28,10 @@ import numpy as np
 from trl import ModelConfig, SFTConfig
 
 from peft_queryable import record_routing, use_instruction_column, use_instructions
-from recipes.common.arguments import DEFAULTS, QueryableArguments, RecipeParser, adapter_configs, like, parse_recipe
+from recipes.common.arguments import DEFAULTS, QueryableArguments, adapter_configs, like, parse_recipe
 from recipes.common.evaluate import ScoreArguments, load, score
 from recipes.common.finetune import finetune, make_trainer
+from recipes.common.parser import RecipeParser
 from recipes.common.progress import Progress
 from recipes.common.smollm2 import smollm2_folder
 from recipes.instructions.data import TASKS, instruction_data, instructions_by_kind

@@ -23,8 +23,9 @@ from pathlib import Path
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig
 
-from recipes.common.arguments import DEFAULTS, RecipeParser, adapter_configs, parse_recipe
+from recipes.common.arguments import DEFAULTS, adapter_configs, parse_recipe
 from recipes.common.evaluate import ScoreArguments
+from recipes.common.parser import RecipeParser
 from recipes.common.report import fill_place
 from recipes.common.smollm2 import smollm2_folder
 from recipes.instructions.__main__ import OWN_DEFAULTS, InstructedArguments

@@ -31,16 +31,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
-from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from recipes.common.arguments import DEFAULTS, QueryableArguments, RecipeParser, adapter_configs, parse_recipe
+from recipes.common.arguments import DEFAULTS, QueryableArguments, adapter_configs, parse_recipe
 from recipes.common.evaluate import ScoreArguments
-from recipes.common.files import hold_out, read_lines
 from recipes.common.finetune import finetune, make_trainer
+from recipes.common.parser import RecipeParser
 from recipes.common.progress import Progress
 from recipes.common.smollm2 import smollm2_folder
-from recipes.sft.data import reasoning_data
+from recipes.sft.data import load_data
 from recipes.sft.results import plot_curves, plot_routes, table
 
 
@@ -89,18 +88,6 @@ def main(script_args, test_args, queryable_args, model_args, training_args):
         plot_curves(results, output / "curves.png")
         plot_routes(results, output / "routes.svg")
         print(table(results))
-
-
-def load_data(script_args, test_args):
-    """Training and held-out examples in TRL's prompt/completion or messages form."""
-    if script_args.dataset_name is not None:
-        source = {"path": script_args.dataset_name, "name": script_args.dataset_config}
-        train = load_dataset(**source, split=script_args.dataset_train_split, streaming=script_args.dataset_streaming)
-        return train, load_dataset(**source, split=script_args.dataset_test_split)
-    if script_args.train_file is None:
-        return reasoning_data()
-    train = read_lines(script_args.train_file)
-    return hold_out(train) if test_args.test_file is None else (train, read_lines(test_args.test_file))
 
 
 def evaluate(folder, adapter, test_args, model_args):

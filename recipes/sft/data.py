@@ -1,4 +1,4 @@
-"""The default data: five task families of reasoning-gym in TRL's prompt/completion form, made from fixed seeds.
+"""The data: a data set, files, or by default five task families of reasoning-gym, made from fixed seeds.
 
 pip install --no-deps reasoning-gym==0.1.25
 """
@@ -6,8 +6,9 @@ pip install --no-deps reasoning-gym==0.1.25
 import sys
 from itertools import islice
 
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 
+from recipes.common.files import hold_out, read_lines
 from recipes.common.reasoning import SEED, SYSTEM, load_families
 
 TRAIN_SIZE, TEST_SIZE = 400, 100  # two adapters train in under 9 minutes on two cores
@@ -19,6 +20,18 @@ FAMILIES = {
     "algorithmic.number_filtering": {"min_numbers": 3, "max_numbers": 3, "max_decimals": 0},
     "graphs.family_relationships": {"max_family_size": 4},
 }
+
+
+def load_data(script_args, test_args):
+    """Training and held-out examples in TRL's prompt/completion or messages form."""
+    if script_args.dataset_name is not None:
+        source = {"path": script_args.dataset_name, "name": script_args.dataset_config}
+        train = load_dataset(**source, split=script_args.dataset_train_split, streaming=script_args.dataset_streaming)
+        return train, load_dataset(**source, split=script_args.dataset_test_split)
+    if script_args.train_file is None:
+        return reasoning_data()
+    train = read_lines(script_args.train_file)
+    return hold_out(train) if test_args.test_file is None else (train, read_lines(test_args.test_file))
 
 
 def reasoning_data(train_size: int = TRAIN_SIZE, test_size: int = TEST_SIZE) -> tuple[Dataset, Dataset]:
