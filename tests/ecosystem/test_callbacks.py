@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from helpers.models import LLAMA_PROJECTIONS, VOCAB, adapted, llama, randomise, router_of, text
 from helpers.trainers import config, settings
+from helpers.trl_trainers import QUIET
 from helpers.words import tokenizer, words
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -16,9 +17,7 @@ from peft_queryable import RouteStatistics, RoutingCallback, record_routing
 from peft_queryable.metrics import concentration, drift, gates, gradient_norms
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:trl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    *QUIET,
     pytest.mark.filterwarnings("ignore:Atoms .* are dead:UserWarning"),  # with six atoms and few routes
 ]
 LOGGED = ["entropy", "by_input", "by_block", "load_balance", "top_atom", "dead", "gate_mean", "gradient_concentration"]

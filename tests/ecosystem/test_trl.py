@@ -8,33 +8,17 @@ import trl
 from datasets import Dataset
 from helpers.models import LLAMA_PROJECTIONS, adapted, llama, outputs, randomise, token_ids
 from helpers.trainers import config, settings
+from helpers.trl_trainers import ONLINE, QUIET, judgements, preferences, prompts, reward_model
 from helpers.words import tokenizer, words
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from peft_queryable import QueryableLoraConfig
 from peft_queryable.method.scope import Pool
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:trl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = QUIET
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %} w5 "
@@ -95,27 +79,7 @@ def test_sft(tmp_path, kind, scope):
     assert_trained(trainer)
 
 
-def preferences() -> Dataset:
-    return Dataset.from_dict(
-        {
-            "prompt": [words(i, 3) for i in range(8)],
-            "chosen": [" " + words(20 + i, 3) for i in range(8)],
-            "rejected": [" " + words(40 + i, 3) for i in range(8)],
-        }
-    )
-
-
-def judgements() -> Dataset:
-    return Dataset.from_dict(
-        {
-            "prompt": [words(i, 3) for i in range(8)],
-            "completion": [" " + words(20 + i, 3) for i in range(8)],
-            "label": [i % 2 == 0 for i in range(8)],
-        }
-    )
-
-
-PREFERENCE = {"dpo": (DPOTrainer, DPOConfig, preferences), "kto": (KTOTrainer, KTOConfig, judgements)}
+PREFERENCE = {"dpo": (DPOTrainer, DPOConfig, preferences(8)), "kto": (KTOTrainer, KTOConfig, judgements(8))}
 
 
 def preference_trainer(name: str, model, tmp_path, **kwargs):
@@ -124,7 +88,7 @@ def preference_trainer(name: str, model, tmp_path, **kwargs):
     return trainer_class(
         model,
         args=config_class(**settings(tmp_path)),
-        train_dataset=data(),
+        train_dataset=Dataset.from_dict(data),
         processing_class=tokenizer(),
         peft_config=config(**kwargs),
     )
@@ -153,16 +117,16 @@ def test_preference_with_a_ready_model(tmp_path, name):
     ids = token_ids()
     start = outputs(model, {"input_ids": ids})
     trainer = trainer_class(
-        model, args=config_class(**settings(tmp_path)), train_dataset=data(), processing_class=tokenizer()
+        model,
+        args=config_class(**settings(tmp_path)),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tokenizer(),
     )
     assert_trained(trainer)
     trained = trainer.model.eval()
     assert not torch.equal(outputs(trained, {"input_ids": ids}), start)
     trained.set_adapter("ref")
     assert torch.equal(outputs(trained, {"input_ids": ids}), start)
-
-
-ONLINE = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 
 def online_trainer(name: str, tmp_path, **kwargs):
@@ -174,7 +138,7 @@ def online_trainer(name: str, tmp_path, **kwargs):
             float(len(set(c.split()))) + 0.1 * i for i, c in enumerate(completions)
         ],
         args=config_class(**settings(tmp_path, num_generations=2, max_completion_length=6, beta=0.1)),
-        train_dataset=Dataset.from_dict({"prompt": [words(i, 3) for i in range(8)]}),
+        train_dataset=Dataset.from_dict({"prompt": prompts(8)}),
         processing_class=tokenizer(),
         peft_config=config(**kwargs),
     )
@@ -250,13 +214,10 @@ def test_labels_tell_the_prompt(tmp_path, monkeypatch, name):
 
 def test_reward(tmp_path):
     """A sequence classifier of a decoder, its head trained in full."""
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(LlamaConfig(**llama().config.to_diff_dict() | {"num_labels": 1}))
-    model.config.pad_token_id = 0
     trainer = RewardTrainer(
-        model,
+        reward_model(),
         args=RewardConfig(**settings(tmp_path)),
-        train_dataset=preferences(),
+        train_dataset=Dataset.from_dict(preferences(8)),
         processing_class=tokenizer(),
         peft_config=QueryableLoraConfig(
             r=4, target_modules=LLAMA_PROJECTIONS, task_type="SEQ_CLS", modules_to_save=["score"]

@@ -12,9 +12,10 @@ from datasets import Dataset
 from helpers.encoders import Fixed
 from helpers.models import LLAMA_PROJECTIONS, adapted, llama, randomise
 from helpers.trainers import config, settings
+from helpers.trl_trainers import ONLINE, QUIET, judgements, preferences, prompts, reward_model
 from helpers.words import tokenizer, words
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -24,8 +25,6 @@ from trl import (
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -34,13 +33,11 @@ from peft_queryable import InstructionCollator, QueryableLoraConfig, use_instruc
 from peft_queryable.tuner.layer import QueryableLoraLayer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:trl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    *QUIET,
     pytest.mark.filterwarnings("ignore:.*[Ff]lash.*"),
 ]
 TEXTS = ["one", "two", None, "three"]
-PROMPTS = [words(i, 3) for i in range(4)]
+PROMPTS = prompts(4)
 EXACT = {"rtol": 0, "atol": 1e-10}
 
 
@@ -114,36 +111,13 @@ def arguments(tmp_path, **kwargs) -> dict:
     )
 
 
-def pairs(**kwargs) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "prompt": PROMPTS,
-            "chosen": [" " + words(20 + i, 3 + i % 2) for i in range(4)],
-            "rejected": [" " + words(40 + i, 3) for i in range(4)],
-            "instruction": TEXTS,
-        }
-        | kwargs
-    )
-
-
-def judgements() -> Dataset:
-    return Dataset.from_dict(
-        {
-            "prompt": PROMPTS,
-            "completion": [" " + words(20 + i, 3 + i % 2) for i in range(4)],
-            "label": [True, False, True, False],
-            "instruction": TEXTS,
-        }
-    )
+def instructed(columns: dict[str, list]) -> Dataset:
+    return Dataset.from_dict(columns | {"instruction": TEXTS})
 
 
 @pytest.fixture
 def encoder() -> Fixed:
     return Fixed()
-
-
-def instructed() -> QueryableLoraConfig:
-    return config(instruction_dim=5)
 
 
 def prepared(trainer, encoder, **kwargs) -> Seen:
@@ -159,7 +133,11 @@ def test_dpo(tmp_path, encoder, checkpointing):
     """Chosen and rejected follow the instruction of their pair, the reference none."""
     args = DPOConfig(**arguments(tmp_path, gradient_checkpointing=checkpointing))
     trainer = DPOTrainer(
-        llama(), args=args, train_dataset=pairs(), processing_class=tokenizer(), peft_config=instructed()
+        llama(),
+        args=args,
+        train_dataset=instructed(preferences(4)),
+        processing_class=tokenizer(),
+        peft_config=config(instruction_dim=5),
     )
     seen = prepared(trainer, encoder)
     trainer.train()
@@ -171,7 +149,7 @@ def test_dpo_with_a_ready_adapter(tmp_path, encoder):
     model = adapted(llama().double(), target_modules=LLAMA_PROJECTIONS, task_type="CAUSAL_LM", instruction_dim=5)
     randomise(model)
     args = DPOConfig(**arguments(tmp_path))
-    trainer = DPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer())
+    trainer = DPOTrainer(model, args=args, train_dataset=instructed(preferences(4)), processing_class=tokenizer())
     use_instruction_column(trainer, encoder=encoder)
     seen = Seen(trainer, encoder)
     trainer.train()
@@ -183,9 +161,9 @@ def test_kto(tmp_path, encoder):
     trainer = KTOTrainer(
         llama(),
         args=KTOConfig(**arguments(tmp_path)),
-        train_dataset=judgements(),
+        train_dataset=instructed(judgements(4)),
         processing_class=tokenizer(),
-        peft_config=instructed(),
+        peft_config=config(instruction_dim=5),
     )
     seen = prepared(trainer, encoder)
     trainer.train()
@@ -193,13 +171,10 @@ def test_kto(tmp_path, encoder):
 
 
 def test_reward(tmp_path, encoder):
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(LlamaConfig(**llama().config.to_diff_dict() | {"num_labels": 1}))
-    model.config.pad_token_id = 0
     trainer = RewardTrainer(
-        model,
+        reward_model(),
         args=RewardConfig(**arguments(tmp_path)),
-        train_dataset=pairs(),
+        train_dataset=instructed(preferences(4)),
         processing_class=tokenizer(),
         peft_config=QueryableLoraConfig(
             r=4, target_modules=LLAMA_PROJECTIONS, task_type="SEQ_CLS", modules_to_save=["score"], instruction_dim=5
@@ -208,9 +183,6 @@ def test_reward(tmp_path, encoder):
     seen = prepared(trainer, encoder)
     trainer.train()
     seen.check(by_prompt, 8)
-
-
-ONLINE = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 
 @pytest.mark.parametrize("name", ONLINE)
@@ -232,7 +204,7 @@ def test_online(tmp_path, encoder, name):
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS[:1] * 2, "instruction": ["one", "two"]}),
         processing_class=tokenizer(),
-        peft_config=instructed(),
+        peft_config=config(instruction_dim=5),
     )
     seen = prepared(trainer, encoder)
     ids = torch.tensor([tokenizer()(PROMPTS[0])["input_ids"]])
@@ -266,7 +238,7 @@ def test_evaluation_of_an_online_trainer(tmp_path, encoder):
         train_dataset=data,
         eval_dataset=data,
         processing_class=tokenizer(),
-        peft_config=instructed(),
+        peft_config=config(instruction_dim=5),
     )
     seen = prepared(trainer, encoder)
     trainer.evaluate()
@@ -316,7 +288,7 @@ def sft(tmp_path, **kwargs) -> SFTTrainer:
             }
         ),
         processing_class=tokenizer(),
-        peft_config=instructed(),
+        peft_config=config(instruction_dim=5),
     )
 
 
@@ -380,7 +352,7 @@ def test_generation_by_other_means(tmp_path, encoder):
         args=GRPOConfig(**arguments(tmp_path, num_generations=2)),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS, "instruction": TEXTS}),
         processing_class=tokenizer(),
-        peft_config=instructed(),
+        peft_config=config(instruction_dim=5),
     )
     trainer.args.use_vllm = True
     with pytest.raises(ValueError, match=r"GRPOTrainer generates with \['use_vllm'\]"):
