@@ -150,8 +150,8 @@ def test_the_prompt_of_generate_is_the_decoders(scope):
     """In `generate` an encoder's routes see all of its tokens, though the decoder's prompt is one token."""
     model = adapted(t5(), target_modules=["q", "v"], routing_scope=scope)
     randomise(model)
-    routes = []
-    for run in (lambda: model.generate(**text(), max_new_tokens=2), lambda: model.get_encoder()(**text())):
+    inputs, routes = text(), []
+    for run in (lambda: model.generate(**inputs, max_new_tokens=2), lambda: model.get_encoder()(**inputs)):
         with record_routing(model) as trace:
             run()
         routes.append([call.weights for call in trace.calls if call.stack == "encoder"])
