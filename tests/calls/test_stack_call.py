@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.architectures import small
 from helpers.models import CACHE, adapted, llama, mlp, outputs, randomise, t5, text, token_ids
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -163,7 +164,7 @@ def test_the_prompt_of_generate_is_the_decoders(scope):
 def test_labels_of_other_tokens_tell_no_prompt():
     """Labels of another length than the call are about other tokens: nothing tells the prompt."""
     with pytest.raises(ValueError, match="so the answer would route itself"):
-        in_scope_prompt().train().base_model.model.model(input_ids=token_ids(2, 6), labels=token_ids(2, 5))
+        in_scope_prompt().train()(input_ids=token_ids(2, 6), labels=token_ids(2, 5))
 
 
 # A prompt that goes on in a second call
@@ -183,3 +184,26 @@ def test_a_step_with_more_of_the_prompt_is_refused():
     for marks in ({"prompt_mask": torch.zeros(2, 2)}, {"labels": answer}, {}, padded):
         cache = model(input_ids=ids[:, :4], prompt_mask=torch.ones(2, 4))[CACHE]
         model(input_ids=answer, **{CACHE: cache}, **marks)
+
+
+def test_positions_of_a_step_mark_no_packing():
+    """With a filled cache, positions that do not go on are those of candidates, not of packed sequences."""
+    model, ids = adapted(llama(), target_modules="all-linear"), token_ids(1, 6)
+    randomise(model)
+    routes = []
+    for positions in ([4, 5], [4, 3]):
+        cache = model(input_ids=ids[:, :4])[CACHE]
+        with record_routing(model) as trace:
+            model(input_ids=ids[:, 4:], position_ids=torch.tensor([positions]), **{CACHE: cache})
+        routes.append(trace.calls[-1].weights[0])  # of the first block, before any attention
+    torch.testing.assert_close(*routes)
+
+
+def test_a_sliding_window_in_one_step_is_refused():
+    """A static cache whose layers all slide hides earlier tokens from the first step on, and generating says so."""
+    model = adapted(small("MistralForCausalLM", sliding_window=4), target_modules="all-linear")
+    randomise(model)
+    settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    model.generate(input_ids=token_ids(1, 6), **settings)
+    with pytest.raises(ValueError, match="as that of a sliding window in a static cache"):
+        model.generate(input_ids=token_ids(1, 6), cache_implementation="static", **settings)
