@@ -246,8 +246,9 @@ def test_memory_is_not_put_on_the_decoders_cache():
     assert {stack for _, stack in cache.queryable_lora} == {"decoder"}
 
 
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("scope", ["causal", "sequence"])
-def test_static_sliding_windows_are_refused_past_the_window(scope):
+def test_static_sliding_windows_are_refused_past_the_window(scope, steps):
     """A static cache of sliding layers alone hides which tokens are padding once the window is full."""
     config = MistralConfig(
         vocab_size=VOCAB,
@@ -259,7 +260,7 @@ def test_static_sliding_windows_are_refused_past_the_window(scope):
         sliding_window=4,
     )
     model = adapted(MistralForCausalLM(config), target_modules="all-linear", routing_scope=scope)
-    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with pytest.raises(ValueError, match="sliding window in a static cache"):
         model.generate(token_ids(1, 8), cache_implementation="static", disable_compile=True, **settings)
     model.generate(token_ids(1, 8), **settings)

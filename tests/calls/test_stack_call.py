@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from helpers.architectures import small
 from helpers.models import CACHE, adapted, llama, mlp, outputs, randomise, t5, text, token_ids
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -197,13 +196,3 @@ def test_positions_of_a_step_mark_no_packing():
             model(input_ids=ids[:, 4:], position_ids=torch.tensor([positions]), **{CACHE: cache})
         routes.append(trace.calls[-1].weights[0])  # of the first block, before any attention
     torch.testing.assert_close(*routes)
-
-
-def test_a_sliding_window_in_one_step_is_refused():
-    """A static cache whose layers all slide hides earlier tokens from the first step on, and generating says so."""
-    model = adapted(small("MistralForCausalLM", sliding_window=4), target_modules="all-linear")
-    randomise(model)
-    settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    model.generate(input_ids=token_ids(1, 6), **settings)
-    with pytest.raises(ValueError, match="as that of a sliding window in a static cache"):
-        model.generate(input_ids=token_ids(1, 6), cache_implementation="static", **settings)
