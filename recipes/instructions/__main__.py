@@ -88,9 +88,9 @@ def main(data_args, score_args, queryable_args, model_args, training_args):
             for kind, by_task in instructions_by_kind(encoder).items()
         }
         (output / "results.json").write_text(json.dumps(progress.results | {"held_out": held_out}, indent=2))
-        (output / "results.md").write_text(table(held_out) + "\n")
+        (output / "results.md").write_text(table([held_out]) + "\n")
         plot_routes(held_out, output / "routes.svg")
-        print(table(held_out))
+        print(table([held_out]))
 
 
 def measure(model, tokenizer, examples, given: list, score_args) -> dict:

@@ -1,14 +1,24 @@
-"""What the recipe shows at its end: a table, and a picture of the routes."""
+# /// script
+# dependencies = ["peft_queryable[recipes]"]
+# ///
+"""What the recipe shows: a table, and a picture of the routes.
 
+# One table of several runs, which differ in --seed and --output_dir, and into docs/instructions.md
+python -m recipes.instructions.results outputs/minilm-0 outputs/minilm-1 outputs/minilm-2 --write_docs all-MiniLM-L6-v2
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from peft_queryable.metrics import drift
 from peft_queryable.plots import plot_usage
 from recipes.common.figures import save
-from recipes.common.report import markdown_table
+from recipes.common.report import fill_place, markdown_table
 
 NAMES = {
     "right": "right",
@@ -19,24 +29,38 @@ NAMES = {
     "adversarial": "adversarial, never seen",
     "random": "random embedding, same norm",
 }
+Run = Mapping[str, Mapping[str, dict]]  # by kind of instruction and task, what was measured
 
 
-def table(held_out: dict) -> str:
-    """One row per kind of instruction: means over the tasks, then the exact match of each task."""
-    tasks = list(held_out["right"])
-    rows = []
-    for kind, results in held_out.items():
-        moves = np.mean([moved(results[task]["routes"], held_out["right"][task]["routes"]) for task in tasks])
+def table(runs: Sequence[Run]) -> str:
+    """One row per kind of instruction: means over tasks and runs, then the exact match of each task.
+
+    Of several runs, the loss and the exact match come with the lowest and the highest of them.
+    """
+    tasks, rows = list(runs[0]["right"]), []
+    for kind in runs[0]:
+        by_task = {task: statistics.mean(run[kind][task]["exact_match"] for run in runs) for task in tasks}
+        moves = [moved(run[kind][task]["routes"], run["right"][task]["routes"]) for run in runs for task in tasks]
         rows.append(
             [
                 NAMES[kind],
-                f"{np.mean([results[task]['held_out_loss'] for task in tasks]):.3f}",
-                f"{np.mean([results[task]['exact_match'] for task in tasks]):.1%}",
-                *(f"{results[task]['exact_match']:.0%}" for task in tasks),
-                f"{moves:.2f}",
+                spread([over_tasks(run[kind], "held_out_loss") for run in runs], ".3f"),
+                spread([over_tasks(run[kind], "exact_match") for run in runs], ".1%"),
+                *(f"{share:.0%}" for share in by_task.values()),
+                f"{statistics.mean(moves):.2f}",
             ]
         )
     return markdown_table(["instruction", "held-out loss", "exact match", *tasks, "route moved"], rows)
+
+
+def over_tasks(results: Mapping[str, dict], name: str) -> float:
+    return statistics.mean(result[name] for result in results.values())
+
+
+def spread(numbers: Sequence[float], form: str) -> str:
+    """The mean; of several numbers, with the lowest and the highest."""
+    text = format(statistics.mean(numbers), form)
+    return f"{text} ({min(numbers):{form}} to {max(numbers):{form}})" if len(numbers) > 1 else text
 
 
 def moved(routes: list, others: list) -> float:
@@ -44,16 +68,30 @@ def moved(routes: list, others: list) -> float:
     return float(drift(torch.tensor(others), torch.tensor(routes)))
 
 
-def plot_routes(held_out: dict, path: Path) -> None:
+def plot_routes(run: Run, path: Path) -> None:
     """Mean weight of every atom in every block, with one row per instruction."""
-    tasks = list(held_out["right"])
+    tasks = list(run["right"])
     lines = {
-        f"{task}: {kind}": held_out[kind][task]["routes"]
+        f"{task}: {kind}": torch.tensor(run[kind][task]["routes"])
         for task in tasks
         for kind in ("right", "paraphrase", "adversarial")
     }
-    lines |= {
-        kind: np.mean([held_out[kind][task]["routes"] for task in tasks], axis=0) for kind in ("none", "generic")
-    }
-    lines["random"] = held_out["random"][tasks[0]]["routes"]
-    save(plot_usage({name: torch.tensor(routes) for name, routes in lines.items()}), path)
+    for kind in ("none", "generic"):
+        lines[kind] = torch.tensor([run[kind][task]["routes"] for task in tasks]).mean(0)
+    lines["random"] = torch.tensor(run["random"][tasks[0]]["routes"])
+    save(plot_usage(lines), path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m recipes.instructions.results", description="One table of runs.")
+    parser.add_argument("folders", nargs="+", type=Path, help="Output folders of finished runs.")
+    parser.add_argument("--write_docs", metavar="NAME", help="Put the table into this place of docs/instructions.md.")
+    args = parser.parse_args()
+    text = table([json.loads((folder / "results.json").read_text())["held_out"] for folder in args.folders])
+    print(text)
+    if args.write_docs:
+        fill_place("instructions.md", f"recipes.instructions {args.write_docs}", text, {})
+
+
+if __name__ == "__main__":
+    main()

@@ -82,3 +82,16 @@ def test_answers_are_those_of_the_instruction():
     for row in train:
         numbers = map(int, row["prompt"][1]["content"].split(", "))
         assert row["completion"][0]["content"] == answers[row["task"]](*numbers)
+
+
+@needs_reasoning_gym
+def test_the_table_of_several_runs(instructed, tmp_path):
+    """Runs of several seeds make one table, with the lowest and the highest of them."""
+    output, _, held_out = instructed
+    other = json.loads(json.dumps(held_out))
+    for result in other["right"].values():
+        result["held_out_loss"] += 1.0
+    (tmp_path / "results.json").write_text(json.dumps({"held_out": other}))
+    stdout = run("recipes.instructions.results", output, tmp_path)
+    loss = sum(result["held_out_loss"] for result in held_out["right"].values()) / 4
+    assert f"{loss + 0.5:.3f} ({loss:.3f} to {loss + 1:.3f})" in stdout
