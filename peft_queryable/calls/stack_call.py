@@ -134,7 +134,8 @@ class StackCall:
 
     def check_continues(self, plan: Plan) -> None:
         """Raise a ValueError if the call marks more of the prompt whose routes its cache has brought."""
-        if plan.scope.needs_prompt:
+        is_told = self.model_call.labels is not None or self.model_call.prompt_mask is not None
+        if plan.scope.needs_prompt and is_told:
             real, _ = read_mask(self.arguments.get("attention_mask"), self.batch, self.length, self.past)
             prompt = self._prompt(real, None)
             check_no_more_prompt(plan, prompt if prompt is None or real is None else prompt & real)
