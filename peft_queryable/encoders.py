@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .reference_texts import REFERENCE
 
@@ -90,9 +90,9 @@ class InstructionEncoder(ABC):
 class BackboneEncoder(InstructionEncoder):
     """The model itself, frozen and without adapters: the mean of its last hidden states over the tokens of a text.
 
-    With `centred`, a decoder is asked for the meaning of the text in one word (`PROMPT`), and its state where that word
-    would come takes the place of the mean; encoders keep the mean. Then the mean embedding of `REFERENCE`, a built-in
-    list of instructions that say little, is subtracted. Configurations call the two "backbone" and "backbone-centred".
+    With `centred`, a decoder is asked what the text means in one word (`PROMPT`), and its state where that word would
+    come takes the place of the mean; encoders keep the mean. Then the mean embedding of `REFERENCE`, a built-in list
+    of instructions that say little, is subtracted. Configurations call the two "backbone" and "backbone-centred".
 
     An encoder-decoder model encodes with its encoder. While it encodes, the adapters are off in this thread.
 
@@ -187,10 +187,10 @@ def embed_texts(encoder: InstructionEncoder, texts: Sequence[str | None]) -> Ten
 
 
 def _decodes(base: PreTrainedModel) -> bool:
-    """Whether a token's state is made to predict the next one: not in encoder-decoders and masked language models."""
-    masked = base.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    generates = base.can_generate() or getattr(base.config, "is_decoder", False)
-    return not base.config.is_encoder_decoder and (generates or not masked)
+    """Whether it is known that a token's last state is made to predict the next token."""
+    config = base.config
+    alone = config.model_type in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {*MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+    return not config.is_encoder_decoder and (alone or base.can_generate() or getattr(config, "is_decoder", False))
 
 
 @contextmanager

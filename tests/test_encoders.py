@@ -13,7 +13,7 @@ from helpers.models import adapted, bert, llama, randomise, t5, text
 from helpers.words import tokenizer
 from tokenizers import pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from peft_queryable import BackboneEncoder, SentenceEncoder
 from peft_queryable.encoders import embed_texts, load_encoder
@@ -223,7 +223,11 @@ def test_centred_decoder_is_prompted(ending, chat_template):
         BackboneEncoder(base, punctuated(), centred=True)([""])
 
 
-@pytest.mark.parametrize("build", [bert, t5], ids=["bert", "t5"])
+def t5_encoder() -> T5EncoderModel:
+    return T5EncoderModel(t5().config)
+
+
+@pytest.mark.parametrize("build", [bert, t5, t5_encoder], ids=["bert", "t5", "t5 encoder"])
 def test_centred_encoder_is_the_mean(build):
     """What is bidirectional predicts no next word: its mean state, less the reference's."""
     base = build()
