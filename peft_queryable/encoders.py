@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from .reference_texts import REFERENCE
+from .reference_texts import PROMPT, REFERENCE
 
 BACKBONE, CENTRED = "backbone", "backbone-centred"
-PROMPT = 'This sentence: "{}" means in one word: "'  # PromptEOL, arXiv 2307.16645
 _LOCK = RLock()  # of all encoders: one for each could not be pickled for the workers of a data loader
 
 
