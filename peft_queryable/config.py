@@ -117,9 +117,9 @@ class QueryableLoraConfig(LoraConfig):
     instruction_encoder: str | None = field(
         default=None,
         metadata={
-            "help": "Encoder e(c) of instructions given as text: 'backbone', the base model itself, "
-            "'backbone-centred', or a sentence-transformers model by its Hub id or folder. None: instructions come "
-            "as embeddings."
+            "help": "Encoder e(c) of instructions given as text: 'backbone', the mean hidden state of the base model, "
+            "'backbone-centred', its centred state after a prompt that asks what the text means, or a "
+            "sentence-transformers model by its Hub id or folder. None: instructions come as embeddings."
         },
     )
     instruction_encoder_revision: str | None = field(

@@ -16,8 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from .reference_texts import REFERENCE
+from .reference_texts import PROMPT, REFERENCE
 
 BACKBONE, CENTRED = "backbone", "backbone-centred"
 _LOCK = RLock()  # of all encoders: one for each could not be pickled for the workers of a data loader
@@ -88,45 +89,51 @@ class InstructionEncoder(ABC):
 class BackboneEncoder(InstructionEncoder):
     """The model itself, frozen and without adapters: the mean of its last hidden states over the tokens of a text.
 
-    An encoder-decoder model encodes with its encoder. While it encodes, the adapters are off for all threads.
+    With `centred`, a decoder is asked what the text means in one word (`PROMPT`), and its state where that word would
+    come takes the place of the mean; encoders keep the mean. Then the mean embedding of `REFERENCE`, a built-in list
+    of instructions that say little, is subtracted. Configurations call the two "backbone" and "backbone-centred".
+
+    An encoder-decoder model encodes with its encoder. While it encodes, the adapters are off in this thread.
 
     Args:
         model: a transformers model, wrapped by PEFT or not.
         tokenizer: its tokenizer.
-        reference: texts whose mean embedding is subtracted; none by default. With `REFERENCE`, a built-in list of
-            instructions that say little, it is the encoder that configurations call "backbone-centred".
+        centred: see above; False by default.
 
     Raises:
         TypeError: for a model of another kind.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, reference: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, centred: bool = False) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(base, PreTrainedModel):
             raise TypeError(
                 f"BackboneEncoder needs a transformers model, which has hidden states of text, got "
                 f"{type(base).__name__}. Take another encoder, or pass embeddings."
             )
-        self.tokenizer, self.reference = tokenizer, tuple(reference)
-        self.name = {(): BACKBONE, REFERENCE: CENTRED}.get(self.reference)
+        self.name, self.tokenizer, self.centred = CENTRED if centred else BACKBONE, tokenizer, centred
         self.model: Any = base.get_encoder() if base.config.is_encoder_decoder else base.base_model
+        self.prompted = centred and _decodes(base)
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         with _frozen(self.model), torch.autocast(self.model.device.type, enabled=False):
-            states = torch.stack([self._mean_state(text) for text in texts])  # one by one: no padding, no batch mates
-            return states - self._common.to(states) if self.reference else states
+            states = torch.stack([self._state(text) for text in texts])  # one by one: no padding, no batch mates
+            return states - self._common.to(states) if self.centred else states
 
     @cached_property
     def _common(self) -> Tensor:
         """Mean [d_c] of the reference's states."""
-        return torch.stack([self._mean_state(text) for text in self.reference]).mean(0)
+        return torch.stack([self._state(text) for text in REFERENCE]).mean(0)
 
-    def _mean_state(self, text: str) -> Tensor:
-        inputs = self.tokenizer(text, return_tensors="pt").to(self.model.device)
-        if inputs["input_ids"].shape[1] == 0:
+    def _state(self, text: str) -> Tensor:
+        if len(self.tokenizer(text)["input_ids"]) == 0:
             raise ValueError(f"The tokenizer makes no token of instruction {text!r}: give one with words, or None.")
-        return self.model(**inputs).last_hidden_state[0].float().mean(0)
+        prompt = PROMPT.format(text) if self.prompted else text
+        inputs = self.tokenizer(prompt, return_tensors="pt", return_special_tokens_mask=True).to(self.model.device)
+        special = inputs.pop("special_tokens_mask")[0]  # some tokenizers end every text with such a token
+        states = self.model(**inputs).last_hidden_state[0].float()  # [T, d_c]
+        return states[special == 0][-1] if self.prompted else states.mean(0)
 
 
 class SentenceEncoder(InstructionEncoder):
@@ -157,11 +164,12 @@ def load_encoder(name: str, revision: str | None, model: nn.Module) -> Instructi
         if name not in (BACKBONE, CENTRED):
             return SentenceEncoder(name, revision)
         tokenizer = AutoTokenizer.from_pretrained(getattr(model, "name_or_path", ""))
-        return BackboneEncoder(model, tokenizer, REFERENCE if name == CENTRED else ())
+        return BackboneEncoder(model, tokenizer, centred=name == CENTRED)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        own = {BACKBONE: "BackboneEncoder(model, tokenizer)"}.get(name, "SentenceEncoder(folder)")
-        if name == CENTRED:
-            own = "BackboneEncoder(model, tokenizer, peft_queryable.reference_texts.REFERENCE)"
+        own = {
+            BACKBONE: "BackboneEncoder(model, tokenizer)",
+            CENTRED: "BackboneEncoder(model, tokenizer, centred=True)",
+        }.get(name, "SentenceEncoder(folder)")
         raise ValueError(
             f"Instruction encoder {name!r} cannot be loaded by its name. Pass `encoder={own}` or an encoder of your "
             f"own, or pass embeddings. What went wrong: {error}"
@@ -175,6 +183,13 @@ def embed_texts(encoder: InstructionEncoder, texts: Sequence[str | None]) -> Ten
     if given:
         embeds[given] = encoder([text for text in texts if text is not None])
     return embeds
+
+
+def _decodes(base: PreTrainedModel) -> bool:
+    """Whether it is known that a token's last state is made to predict the next token."""
+    config = base.config
+    alone = config.model_type in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {*MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+    return not config.is_encoder_decoder and (alone or base.can_generate() or getattr(config, "is_decoder", False))
 
 
 @contextmanager

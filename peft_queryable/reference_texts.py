@@ -1,4 +1,6 @@
-"""Instructions that say little: the mean of their states is what the states of all instructions have in common."""
+"""Texts of the centred backbone: its prompt, and instructions that say little, whose mean is common to all."""
+
+PROMPT = 'This sentence: "{}" means in one word: "'  # PromptEOL, arXiv 2307.16645
 
 REFERENCE = (
     "Answer the question.",

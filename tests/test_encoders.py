@@ -11,7 +11,9 @@ import torch
 from helpers.encoders import Counting
 from helpers.models import adapted, bert, llama, randomise, t5, text
 from helpers.words import tokenizer
+from tokenizers import pre_tokenizers, processors
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from peft_queryable import BackboneEncoder, SentenceEncoder
 from peft_queryable.encoders import embed_texts, load_encoder
@@ -125,7 +127,11 @@ def test_text_without_tokens_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("backbone", r"BackboneEncoder\(model, tokenizer\)"), ("no/such/model", r"SentenceEncoder\(folder\)")],
+    [
+        ("backbone", r"BackboneEncoder\(model, tokenizer\)"),
+        ("backbone-centred", r"BackboneEncoder\(model, tokenizer, centred=True\)"),
+        ("no/such/model", r"SentenceEncoder\(folder\)"),
+    ],
 )
 def test_an_encoder_that_cannot_be_loaded(name, remedy):
     """A name alone that leads nowhere raises an error that says what to pass instead."""
@@ -184,19 +190,62 @@ def test_real_sentence_encoder():
     assert add @ paraphrase > add @ other + 0.2
 
 
-def test_centred_backbone(tmp_path):
-    """The mean state of the reference is taken away; a reloaded model gives the same numbers."""
+def punctuated(ending: bool = False) -> PreTrainedTokenizerFast:
+    """The tests' tokenizer that splits at quotes, too, and ends each text with </s> if told so."""
+    words = tokenizer()
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if ending:
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
+    return words
+
+
+def prompted(model: nn.Module, name: str) -> Tensor:
+    """State of a decoder where the word would come that says what a text means, [d], by hand."""
+    ids = punctuated()(f'This sentence: "{name}" means in one word: "', return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return model.base_model(input_ids=ids).last_hidden_state[0, -1]
+
+
+@pytest.mark.parametrize("ending", [False, True], ids=["plain", "ending"])
+@pytest.mark.parametrize("chat_template", [None, "{{ messages }}"], ids=["no template", "template"])
+def test_centred_decoder_is_prompted(ending, chat_template):
+    """A decoder's state after the prompt, less the reference's mean, with any tokenizer and with adapters off."""
+    base = llama()
+    expected = torch.stack([prompted(base, name) for name in TEXTS])
+    expected = expected - torch.stack([prompted(base, name) for name in REFERENCE]).mean(0)
+    assert not torch.allclose(expected[0], expected[2])
+    words = punctuated(ending)
+    words.chat_template = chat_template
+    model = adapted(base, target_modules=["q_proj"])
+    randomise(model)
+    torch.testing.assert_close(BackboneEncoder(model, words, centred=True)(TEXTS), expected)
+    with pytest.raises(ValueError, match="makes no token of instruction ''"):
+        BackboneEncoder(base, punctuated(), centred=True)([""])
+
+
+def t5_encoder() -> T5EncoderModel:
+    return T5EncoderModel(t5().config)
+
+
+@pytest.mark.parametrize("build", [bert, t5, t5_encoder], ids=["bert", "t5", "t5 encoder"])
+def test_centred_encoder_is_the_mean(build):
+    """What is bidirectional predicts no next word: its mean state, less the reference's."""
+    base = build()
+    plain = BackboneEncoder(base, punctuated())
+    embeds = BackboneEncoder(base, punctuated(), centred=True)(TEXTS)
+    torch.testing.assert_close(embeds, plain(TEXTS) - plain(REFERENCE).mean(0))
+
+
+def test_centred_backbone_by_its_name(tmp_path):
+    """A reloaded model gives the same numbers, and a configuration takes its width."""
     base = llama()
     base.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    encoder = BackboneEncoder(base, tokenizer(), ["w4 w5", "w6"])
-    plain = BackboneEncoder(base, tokenizer())
-    torch.testing.assert_close(encoder(TEXTS), plain(TEXTS) - plain(["w4 w5", "w6"]).mean(0))
-    assert encoder.name is None and plain.name == "backbone"
+    punctuated().save_pretrained(tmp_path)
     first, again = (load_encoder("backbone-centred", None, type(base).from_pretrained(tmp_path)) for _ in range(2))
     assert first.name == "backbone-centred"
     assert torch.equal(first(TEXTS), again(TEXTS))
-    torch.testing.assert_close(first(TEXTS), plain(TEXTS) - plain(REFERENCE).mean(0))
+    assert torch.equal(first(TEXTS), BackboneEncoder(base, punctuated(), centred=True)(TEXTS))
+    base.name_or_path = str(tmp_path)
     model = adapted(base, target_modules=["q_proj"], instruction_encoder="backbone-centred")
     assert model.peft_config["default"].instruction_dim == 32
 

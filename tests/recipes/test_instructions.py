@@ -11,7 +11,9 @@ import yaml
 from helpers.recipes import ROOT, run
 
 import recipes.instructions.__main__ as recipe
-from recipes.instructions.data import instruction_data
+from peft_queryable.reference_texts import REFERENCE
+from recipes.instructions.data import TASKS, instruction_data
+from recipes.instructions.separation import cosines_between, load_texts, paraphrases_found, wilson
 
 needs_reasoning_gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"
@@ -95,3 +97,25 @@ def test_the_table_of_several_runs(instructed, tmp_path):
     stdout = run("recipes.instructions.results", output, tmp_path)
     loss = sum(result["held_out_loss"] for result in held_out["right"].values()) / 4
     assert f"{loss + 0.5:.3f} ({loss:.3f} to {loss + 1:.3f})" in stdout
+
+
+def test_halves_of_the_texts_share_nothing():
+    """What chooses an encoder never shows it, and no encoder subtracts what it is measured on."""
+    texts = list(REFERENCE)
+    for choosing in (True, False):
+        instructions, paraphrases = load_texts(choosing)
+        assert [len(pair) for pair in paraphrases] == [2] * 32
+        texts += [*instructions, *(text for pair in paraphrases for text in pair)]
+    assert len(texts) == len(set(texts)) == 16 + 2 * 32 * 3
+    instructions, paraphrases = load_texts(choosing=True)
+    for task in TASKS.values():
+        assert task.paraphrase in paraphrases[instructions.index(task.instruction)]
+
+
+def test_separation_by_hand():
+    """Cosines of pairs of instructions, the nearest instruction by cosine, and an interval from the literature."""
+    instructions = torch.tensor([[2.0, 0.0], [3.0, 4.0]])
+    paraphrases = torch.tensor([[[9.0, 1.0], [1.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    torch.testing.assert_close(cosines_between(instructions), torch.tensor([0.6, 0.6]))
+    assert paraphrases_found(instructions, paraphrases).tolist() == [[True, False], [True, False]]
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
