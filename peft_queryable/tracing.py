@@ -88,6 +88,8 @@ class RoutingTrace:
 def record_routing(model: nn.Module, every: int = 1, limit: int | None = None) -> Iterator[RoutingTrace]:
     """Record the routes of every call of `model` in this thread that ends inside the block, `generate` included.
 
+    Continuous batching calls the model in a thread of its own, so it is refused inside the block.
+
         with record_routing(model) as trace:
             model(**batch)
         trace.weights()  # by block, [tokens or sequences, atoms]
@@ -110,7 +112,7 @@ def record_routing(model: nn.Module, every: int = 1, limit: int | None = None) -
             f"`record_routing` takes `every` of 1 or more and `limit` of 0 or more, got {every} and {limit}."
         )
     model_hooks, trace = routed_tuner(model).model_hooks, RoutingTrace(every, limit)
-    with model_hooks.entered(recorders=(*model_hooks.call.recorders, trace.record)):
+    with model_hooks.entered(recorders=(*model_hooks.call.recorders, trace.record), records_all=True):
         yield trace
 
 

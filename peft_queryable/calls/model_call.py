@@ -38,6 +38,7 @@ class ModelCall:
         arguments: the outermost call's, by name; empty outside of a call.
         ended: calls of stacks that have ended within this call, in order; None outside of a call.
         recorders: called with a [`RoutedCall`] for each adapter when a stack's call ends.
+        records_all: whether one of them is to miss no call, as in a `record_routing` block.
         paged: of a step of continuous batching, its requests; None in all other calls.
     """
 
@@ -51,6 +52,7 @@ class ModelCall:
     arguments: dict[str, Any] = field(default_factory=dict)
     ended: list[Any] | None = None
     recorders: tuple[Recorder, ...] = ()
+    records_all: bool = False
     paged: PagedCall | None = None
 
     @property
@@ -246,6 +248,11 @@ class ModelHooks:
         Raises:
             ValueError: for adapters, instructions, routes and settings that it cannot run exactly.
         """
+        if self.call.records_all:
+            raise ValueError(
+                "`record_routing` cannot record continuous batching, whose manager calls the model in a thread of its "
+                "own. Call `generate_batch` or `init_continuous_batching` outside of the block, or record `generate`."
+            )
         filling = Filling(tuple(self.active_plans()), replace(self.call, recorders=()), self.outside)
         return init_manager(self.base_methods["init_continuous_batching"], args, kwargs, filling)
 

@@ -242,6 +242,7 @@ def known_paths(config: Any) -> Any:
         "varlen_compile_config": config.varlen_compile_config,
         "decode_compile_config": config.decode_compile_config,
         "default_compile_level": config.default_compile_level,
+        "max_blocks_per_request": config.max_blocks_per_request,
     }
     if unknown := [name for name, value in asked.items() if value]:
         raise ValueError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig
 
@@ -50,24 +52,27 @@ class Exports:
             base: the base model that is served; None for any.
 
         Raises:
-            ValueError: if the adapter is of another base model, or if its routes are not known from `name` alone.
+            ValueError: if the adapter is of another base model, if its routes are not known from `name` alone, or if a
+                file is missing or damaged. No text needs its paths to be read: vLLM hides paths from its clients.
         """
         adapter, at, told = name.partition("@")
         source = self.adapters / adapter
         if not _is_folder_name(adapter) or not (source / CONFIG).exists():
             return None
-        config: Any = PeftConfig.from_pretrained(str(source))
-        if config.peft_type != "QUERYABLE_LORA":
+        if _peft_type(source) != "QUERYABLE_LORA":
             return None
+        config: Any = QueryableLoraConfig.from_pretrained(str(source))
         if base is not None and config.base_model_name_or_path != base:
             raise ValueError(
                 f"Adapter {adapter!r} is of the base model {config.base_model_name_or_path!r}, but this serves "
-                f"{base!r}. If they are the same, write that name into {source / CONFIG}."
+                f"{base!r}. If they are the same, write that name into the adapter's {CONFIG}."
             )
         if _is_folder_name(told) and (source / GROUPS / told / CONFIG).exists():
+            _check_tensors(source / GROUPS / told, name)
             return source / GROUPS / told
         text = told if at else None
-        _check(config, adapter, text, source)
+        _check(config, adapter, text)
+        _check_tensors(source, adapter)
         made_of = (source / TENSORS).read_bytes() + (source / CONFIG).read_bytes() + repr(text).encode()
         target = self.folder / f"{adapter}-{hashlib.sha256(made_of).hexdigest()[:24]}"
         with self.lock:  # PEFT and transformers change global state while they load
@@ -77,12 +82,19 @@ class Exports:
 
     def _make(self, config: QueryableLoraConfig, source: Path, target: Path, text: str | None) -> None:
         model: Any = PeftModel.from_pretrained(_without_weights(config), str(source)).eval()
-        if model.base_model.queryable_lora_router["default"].reads_states:
+        router, adapter = model.base_model.queryable_lora_router["default"], source.name
+        if router.reads_states:
+            groups = sorted(path.parent.name for path in source.glob(f"{GROUPS}/*/{CONFIG}"))
             raise ValueError(
-                f"The routes of adapter {source.name!r} depend on the tokens, so it takes data to fix them. Make an "
-                f"export beforehand, and ask for it as {source.name}@NAME: "
-                f"`{_command(source)} --calibrate FILE.jsonl`."
+                f"The routes of adapter {adapter!r} depend on the tokens, so it takes data to fix them. Ask for an "
+                f"export made beforehand as {adapter}@NAME; there are {groups}. To make one, in the folder of the "
+                f"adapters: `{_command(adapter)} --calibrate FILE.jsonl`."
             )
+        default = router.default_instruction
+        if text is not None and default is None:
+            raise ValueError(f"Adapter {adapter!r} takes no instruction. Ask for {adapter!r}, without '@'.")
+        if text is None and default is not None and not default.weight.any():
+            raise ValueError(f"Adapter {adapter!r} has no default instruction. Ask for {adapter}@TEXT.")
         routes = None if text is None else instruction_routes(model, text)
         try:
             export_lora(model, target, routes)
@@ -95,23 +107,45 @@ def _is_folder_name(text: str) -> bool:
     return text not in ("", "..") and Path(text).name == text
 
 
-def _check(config: QueryableLoraConfig, adapter: str, text: str | None, source: Path) -> None:
+def _peft_type(source: Path) -> Any:
+    try:
+        return json.loads((source / CONFIG).read_text()).get("peft_type")
+    except ValueError as error:
+        raise _damaged(CONFIG, source.name, error) from error
+
+
+def _check_tensors(folder: Path, name: str) -> None:
+    """Refuse a file whose header or length is wrong."""
+    try:
+        with safe_open(folder / TENSORS, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise _damaged(TENSORS, name, error) from error
+
+
+def _damaged(file: str, name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"The file {file} of {name!r} is missing or damaged. Copy or make it anew. What went wrong: {error}"
+    )
+
+
+def _check(config: QueryableLoraConfig, adapter: str, text: str | None) -> None:
     """Refuse what cannot be exported from the adapter's folder alone."""
     if carried := refused_by_engines(config):
         raise ValueError(
             f"Adapter {adapter!r} carries {carried}, which vLLM refuses in a LoRA. Serve the merged model: "
-            f"`python -m peft_queryable.export {source} OUT --merge`."
+            f"`python -m peft_queryable.export {adapter} OUT --merge`."
         )
     if text is not None and config.instruction_encoder == BACKBONE:
         raise ValueError(
             f"Adapter {adapter!r} encodes instructions by its base model, whose weights are not loaded here. Make an "
-            f"export beforehand, and ask for it as {adapter}@NAME: `{_command(source)} --instruction {text!r}`. Or "
-            "train with a sentence encoder."
+            f"export in the folder of the adapters, and ask for it as {adapter}@NAME: `{_command(adapter)} "
+            f"--instruction {text!r}`. Or train with a sentence encoder."
         )
 
 
-def _command(source: Path) -> str:
-    return f"python -m peft_queryable.export {source} {source / GROUPS / 'NAME'}"
+def _command(adapter: str) -> str:
+    return f"python -m peft_queryable.export {adapter} {adapter}/{GROUPS}/NAME"
 
 
 def _without_weights(config: QueryableLoraConfig) -> nn.Module:

@@ -8,11 +8,19 @@ from helpers.fixed import random_routes
 from helpers.models import VOCAB, llama, randomise
 from helpers.paged import METHODS, alone, batching, prompts, run, settings, trained, watch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerState
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 
-from peft_queryable import QueryableLoraConfig, fix_routes, set_fixed_routes, use_instructions
+from peft_queryable import (
+    QueryableLoraConfig,
+    RoutingCallback,
+    fix_routes,
+    record_routing,
+    set_fixed_routes,
+    use_instructions,
+)
 from peft_queryable.calls.paged import Filling, Tallies, tally_dtype, widths, with_tallies
 
 DIM = 5  # of instructions
@@ -142,6 +150,7 @@ def test_requests_of_their_own_are_refused():
         {"varlen_compile_config": CompileConfig()},
         {"decode_compile_config": CompileConfig()},
         {"default_compile_level": 1},
+        {"max_blocks_per_request": 8},
     ],
 )
 def test_untested_settings_are_refused(setting):
@@ -149,6 +158,27 @@ def test_untested_settings_are_refused(setting):
     with pytest.raises(ValueError, match=f"`{name}` of the ContinuousBatchingConfig was not tested"):
         model.generate_batch(inputs=[[3]], continuous_batching_config=batching(**setting))
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_fast_path_may_be_turned_off():
+    run(trained("queryable"), prompts(3, 20), settings(), batching(max_blocks_per_request=0))
+
+
+def test_recording_is_refused():
+    """A block that would record nothing says so before any request; a trainer's recorder is of its own steps."""
+    model, given = trained("queryable"), prompts(3)
+    with record_routing(model):
+        with pytest.raises(ValueError, match="`record_routing` cannot record continuous batching"):
+            model.generate_batch(inputs=given, generation_config=settings())
+        with pytest.raises(ValueError, match="`record_routing` cannot record continuous batching"):
+            model.init_continuous_batching(settings(), batching())
+    run(model, given, settings(), batching())
+    callback = RoutingCallback(every=1)
+    callback.on_train_begin(None, None, None, model)
+    callback.on_step_begin(None, TrainerState(), None)
+    with torch.no_grad():
+        run(model, given, settings(), batching())
+    callback.on_step_end(None, None, None)
 
 
 def test_a_window_of_one_token_is_refused():

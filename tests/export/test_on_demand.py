@@ -156,11 +156,11 @@ def test_another_process_was_faster(exports, monkeypatch):
 
 
 REFUSED = {
-    "routed": "depend on the tokens.*routed/groups/NAME --calibrate",
+    "routed": r"depend on the tokens.*there are \[\].*export routed routed/groups/NAME --calibrate",
     "routed@Sort.": "depend on the tokens",
     "backbone@Sort.": "weights are not loaded here.*groups/NAME --instruction 'Sort.'",
-    "instructed": "depend on the input",
-    "static@Sort.": "takes no instruction",
+    "instructed": "'instructed' has no default instruction. Ask for instructed@TEXT",
+    "static@Sort.": "'static' takes no instruction. Ask for 'static'",
     "saved": r"carries \['modules_to_save'\].*--merge",
 }
 
@@ -172,11 +172,45 @@ def test_refusals(exports, name):
     assert not Path("exports").exists() or not list(Path("exports").iterdir())
 
 
+def test_groups_are_named(exports):
+    """Who asks for a group that does not exist is told of those that do."""
+    model = loaded("instructed")
+    export_lora(model, "adapters/routed/groups/legal", instruction_routes(model, "Sort."))
+    with pytest.raises(ValueError, match=r"there are \['legal'\]"):
+        exports.find("routed@medical")
+
+
+DAMAGED = {
+    "instructed@Sort.": f"adapters/instructed/{TENSORS}",
+    "routed@legal": f"adapters/routed/groups/legal/{TENSORS}",
+    "static": "adapters/static/adapter_config.json",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files(exports, name):
+    """A file that is cut off or missing is a ValueError that names it and no path, and nothing is made."""
+    export_lora(loaded("static"), "adapters/routed/groups/legal")
+    path = Path(DAMAGED[name])
+    said = pytest.raises(ValueError, match=f"The file {path.name} of .* is missing or damaged. Copy or make it anew")
+    path.write_bytes(path.read_bytes()[:-40])
+    with said:
+        exports.find(name)
+    path.unlink()
+    if path.name == TENSORS:  # without a configuration, it is no adapter
+        with said:
+            exports.find(name)
+    assert not Path("exports").exists()
+
+
 def test_what_is_not_ours(exports):
     """Other resolvers may know other names; a name leads out of no folder."""
     (Path("adapters") / "adapter_config.json").write_text(Path("adapters/static/adapter_config.json").read_text())
     for name in ("nobody", "nobody@Sort.", "plain", "", "..", "../adapters/static", "static/.", "@Sort."):
         assert exports.find(name) is None
+    Path("adapters/later").mkdir()
+    Path("adapters/later/adapter_config.json").write_text('{"peft_type": "LATER"}')
+    assert exports.find("later") is None
     with pytest.raises(ValueError, match="takes no instruction"):
         exports.find("static@..")
     with pytest.raises(ValueError, match="is of the base model 'base', but this serves 'other'"):
