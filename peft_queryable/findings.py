@@ -21,8 +21,8 @@ def findings(readings: Readings) -> dict[str, str]:
         found["constant"] = (
             f"Routes are constant: over {int(count)} routes per block the input decides "
             f"{readings.by_input.max():.1e} nats, so the adapter is a plain LoRA with a fixed matrix in its middle. "
-            "If the examples differ, the blocks' priors outweigh their states. Start them smaller, before training: "
-            "`model.base_model.queryable_lora_router['default'].block_prior.weight.data.mul_(0.02)`."
+            "If the examples differ, the blocks' priors outweigh their states. Start them smaller: train anew with "
+            "`init_router_scale=0.3`, or less."
         )
     if count >= ENOUGH_PER_ATOM * num_atoms and readings.dead:
         found["dead"] = (

@@ -214,7 +214,9 @@ def test_findings_of_good_routes():
 
 def test_constant_routes_are_found():
     fixed = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0]).expand(400, M)
-    assert "Routes are constant: over 400 routes per block" in found_in(fixed)["constant"]
+    message = found_in(fixed)["constant"]
+    assert "Routes are constant: over 400 routes per block" in message
+    assert "`init_router_scale=0.3`" in message  # a field, which recipes and trainers take too
     noisy = (fixed + 0.001 * torch.rand(400, M)).softmax(-1)
     assert "constant" in found_in(noisy)
     moving = (fixed.log().clamp(min=-9) + torch.randn(400, M)).softmax(-1)
