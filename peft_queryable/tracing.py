@@ -50,7 +50,8 @@ class RoutingTrace:
             recorded = sorted({call.adapter_name for call in self.calls})
             raise ValueError(
                 f"No route of adapter {adapter_name!r} was recorded, only of {recorded}. Call the model inside the "
-                "block, with this adapter active."
+                "block and in the block's own thread, with this adapter active. Managers of continuous batching call "
+                "it in another."
             )
         flat: dict[int, list[Tensor]] = {}
         for call in calls:

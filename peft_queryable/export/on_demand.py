@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -57,9 +58,9 @@ class Exports:
         """
         adapter, at, told = name.partition("@")
         source = self.adapters / adapter
-        if not _is_folder_name(adapter) or not (source / CONFIG).exists():
+        if not _is_folder_name(adapter) or not _is_there(source / CONFIG):
             return None
-        if _peft_type(source) != "QUERYABLE_LORA":
+        if _peft_type(source, adapter) != "QUERYABLE_LORA":
             return None
         config: Any = QueryableLoraConfig.from_pretrained(str(source))
         if base is not None and config.base_model_name_or_path != base:
@@ -67,9 +68,11 @@ class Exports:
                 f"Adapter {adapter!r} is of the base model {config.base_model_name_or_path!r}, but this serves "
                 f"{base!r}. If they are the same, write that name into the adapter's {CONFIG}."
             )
-        if _is_folder_name(told) and (source / GROUPS / told / CONFIG).exists():
-            _check_tensors(source / GROUPS / told, name)
-            return source / GROUPS / told
+        group = source / GROUPS / told
+        if _is_folder_name(told) and _is_there(group / CONFIG):
+            _peft_type(group, name)  # raises for a damaged file, of which vLLM would not say what is wrong
+            _check_tensors(group, name)
+            return group
         text = told if at else None
         _check(config, adapter, text)
         _check_tensors(source, adapter)
@@ -107,11 +110,15 @@ def _is_folder_name(text: str) -> bool:
     return text not in ("", "..") and Path(text).name == text
 
 
-def _peft_type(source: Path) -> Any:
+def _is_there(path: Path) -> bool:
+    return os.path.exists(path)  # `path.exists()` raises where a name, which may be an instruction, is too long
+
+
+def _peft_type(folder: Path, name: str) -> Any:
     try:
-        return json.loads((source / CONFIG).read_text()).get("peft_type")
+        return json.loads((folder / CONFIG).read_text()).get("peft_type")
     except ValueError as error:
-        raise _damaged(CONFIG, source.name, error) from error
+        raise _damaged(CONFIG, name, error) from error
 
 
 def _check_tensors(folder: Path, name: str) -> None:

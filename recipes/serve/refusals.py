@@ -40,6 +40,7 @@ REFUSED = {
     "encoder@w50": "the encoder's folder is missing",
     "routed@broken": "tensors of the group are cut off",
     "routed@empty": "tensors of the group are missing",
+    "routed@halved": "adapter_config.json of the group is cut off",
 }
 PROMPT = list(range(3, 13))
 
@@ -75,10 +76,11 @@ def make_broken() -> None:
     cut(ADAPTERS / "config/adapter_config.json")
     cut(ADAPTERS / "tensors/adapter_model.safetensors")
     (ADAPTERS / "missing/adapter_model.safetensors").unlink()
-    for name in ("broken", "empty"):
+    for name in ("broken", "empty", "halved"):
         shutil.copytree(ADAPTERS / "routed/groups/legal", ADAPTERS / "routed/groups" / name)
     cut(ADAPTERS / "routed/groups/broken/adapter_model.safetensors")
     (ADAPTERS / "routed/groups/empty/adapter_model.safetensors").unlink()
+    cut(ADAPTERS / "routed/groups/halved/adapter_config.json")
 
 
 def change(adapter: Path, **fields: str) -> None:

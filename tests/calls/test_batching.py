@@ -181,6 +181,17 @@ def test_recording_is_refused():
     callback.on_step_end(None, None, None)
 
 
+def test_recording_another_thread():
+    """A manager from outside of the block runs in its own thread: whoever reads the routes is told of threads."""
+    model = trained("queryable")
+    outside = model.continuous_batching_context_manager(settings(), continuous_batching_config=batching())
+    with outside as manager, record_routing(model) as trace:
+        manager.add_request(prompts(3)[0])
+        assert manager.get_result(timeout=60).is_finished()
+    with pytest.raises(ValueError, match="in the block's own thread"):
+        trace.weights()
+
+
 def test_a_window_of_one_token_is_refused():
     model = trained("queryable")
     model.config.sliding_window = 1

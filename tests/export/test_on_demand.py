@@ -183,6 +183,7 @@ def test_groups_are_named(exports):
 DAMAGED = {
     "instructed@Sort.": f"adapters/instructed/{TENSORS}",
     "routed@legal": f"adapters/routed/groups/legal/{TENSORS}",
+    "routed@news": "adapters/routed/groups/news/adapter_config.json",
     "static": "adapters/static/adapter_config.json",
 }
 
@@ -190,7 +191,8 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_files(exports, name):
     """A file that is cut off or missing is a ValueError that names it and no path, and nothing is made."""
-    export_lora(loaded("static"), "adapters/routed/groups/legal")
+    for group in ("legal", "news"):
+        export_lora(loaded("static"), f"adapters/routed/groups/{group}")
     path = Path(DAMAGED[name])
     said = pytest.raises(ValueError, match=f"The file {path.name} of .* is missing or damaged. Copy or make it anew")
     path.write_bytes(path.read_bytes()[:-40])
@@ -201,6 +203,16 @@ def test_damaged_files(exports, name):
         with said:
             exports.find(name)
     assert not Path("exports").exists()
+
+
+def test_long_names(exports):
+    """A name that is too long for a folder is one of no adapter, and a text, of an adapter with groups too."""
+    assert exports.find("n" * 300) is None
+    assert exports.find("n" * 300 + "@Sort.") is None
+    model, text = loaded("instructed"), "Sort the numbers. " * 20
+    export_lora(model, "adapters/instructed/groups/legal", instruction_routes(model, "Sort."))
+    export_lora(model, "expected", instruction_routes(model, text))
+    assert_same(exports.find(f"instructed@{text}"), Path("expected"))
 
 
 def test_what_is_not_ours(exports):
