@@ -42,8 +42,8 @@ def table(records: list[dict]) -> str:
 
 
 def spread(numbers: list[float], sign: str) -> str:
-    """Mean and range."""
+    """The mean; of several numbers, with the lowest and the highest."""
     if not numbers:
         return ""
     mean, low, high = (f"{number:{sign}.3f}" for number in (statistics.mean(numbers), min(numbers), max(numbers)))
-    return f"{mean} ({low} to {high})"
+    return f"{mean} ({low} to {high})" if len(numbers) > 1 else mean

@@ -122,8 +122,8 @@ def test_table():
     )
     assert [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]] == [
         "one LoRA for all tasks",
-        "1.500 (1.500 to 1.500)",
-        "-0.500 (-0.500 to -0.500)",
+        "1.500",
+        "-0.500",
         "1",
     ]
     assert "| 1.750 (1.500 to 2.000)" in text and "| +0.375 (+0.250 to +0.500)" in text
