@@ -112,6 +112,19 @@ def test_a_scope_of_sequences(adapter):
     assert "Routes along the first text" not in page
 
 
+def test_what_routes_of_instructions_are_shown(adapter):
+    """An adapter that takes instructions: the report says that no column of them is read."""
+    assert "column of instructions" not in report()
+    model = adapted(
+        type(llama()).from_pretrained("base"),
+        target_modules=LLAMA_PROJECTIONS,
+        task_type="CAUSAL_LM",
+        instruction_dim=4,
+    )
+    model.save_pretrained("adapter")
+    assert "the adapter&#x27;s default, or none; no column of instructions is read" in report()
+
+
 def test_text_is_escaped(adapter, tmp_path):
     rows = [{"text": words(i, 5), "task": "<b>&" if i else "x"} for i in range(4)]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))

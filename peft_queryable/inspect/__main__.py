@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         "data": f"{options.data}, {len(lines)} lines, at most {options.tokens} tokens each",
         "routes per block": f"{measured.statistics.count:,}",
     }
+    if config.instruction_dim is not None:  # a group of instructions would seem to decide nothing
+        facts["instruction"] = "the adapter's default, or none; no column of instructions is read"
     Path(options.output).write_text(page(measured, f"Routes of {Path(options.name).name}", facts), encoding="utf-8")
     print(f"wrote {options.output}")
     return 0

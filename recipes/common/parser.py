@@ -59,6 +59,16 @@ class RecipeParser(TrlParser):
         self.check_choices(arguments)
         return arguments
 
+    def set_defaults_with_config(self, **config):
+        """A settings file may give one value where the command line takes several: `methods: queryable`."""
+        several = {action.dest for action in self._actions if action.nargs == "+"}
+        return super().set_defaults_with_config(
+            **{
+                name: [value] if name in several and isinstance(value, str) else value
+                for name, value in config.items()
+            }
+        )
+
     def check_choices(self, arguments):
         """argparse checks the choices of a command line, but not those of a settings file."""
         values = {name: value for group in arguments for name, value in vars(group).items()}

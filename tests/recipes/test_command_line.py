@@ -55,6 +55,13 @@ def test_mistakes_are_named(command_line, capsys, files, arguments, message):
     assert said.startswith("usage: python -m recipes.sft [--config")
 
 
+def test_a_settings_file_gives_one_value_of_a_list(command_line, files):
+    (files / "one.yaml").write_text("train_file: good.jsonl\nmethods: queryable\nlora_target_modules: all-linear")
+    command_line("--config", "one.yaml")
+    script_args, _, _, model_args, _ = sft.parse()
+    assert script_args.methods == ["queryable"] and model_args.lora_target_modules == "all-linear"
+
+
 @pytest.mark.parametrize("recipe, own", [(sft, "--train_file"), (instructions, "--train_size")])
 def test_help_is_short_and_begins_with_ours(command_line, capsys, recipe, own):
     texts = {}
