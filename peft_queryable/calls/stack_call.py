@@ -246,7 +246,7 @@ class StackCall:
         default = plan.router.default_instruction
         if default is None or not self.is_training or self.model_call.is_generating or "instruction" in plan.seen:
             return
-        if torch.compiler.is_compiling() or isinstance(default.weight, FakeTensor):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(default.weight, FakeTensor):
             return
         if not is_told and not default.weight.any():
             raise ValueError(
