@@ -244,17 +244,6 @@ class Embedded(nn.Module):
         return self.trunk(self.queries(x, mask), mask)
 
 
-@pytest.mark.parametrize("scope", ["causal", "sequence"])
-@torch.no_grad()
-def test_a_mask_of_its_own_is_about_its_tokens(method, scope):
-    """A module in front of the layers that gets a mask is told of its padding by it."""
-    model = method(Embedded(), r"trunk\.layers\.\d\.[02]|queries\.project", routing_scope=scope)
-    x, mask = torch.randn(2, 5, 8).double(), torch.ones(2, 5)
-    mask[1, 3:] = 0
-    together = model(inputs_embeds=x, attention_mask=mask)
-    same(model(inputs_embeds=x[1:, :3], attention_mask=mask[1:, :3]), together[1:, :5])
-
-
 class Patches(Embedded):
     """The model's inputs are under no name that tells tokens."""
 
@@ -263,14 +252,17 @@ class Patches(Embedded):
 
 
 @pytest.mark.parametrize("scope", ["causal", "sequence"])
+@pytest.mark.parametrize(
+    ("kind", "inputs"), [(Embedded, "inputs_embeds"), (Patches, "patches")], ids=["own", "model's"]
+)
 @torch.no_grad()
-def test_a_mask_of_as_many_tokens_is_about_them(method, scope):
-    """A module in front of the layers sees as many tokens as the mask of the model's call."""
-    model = method(Patches(), r"trunk\.layers\.\d\.[02]|queries\.project", routing_scope=scope)
+def test_masks_in_front_of_the_layers(method, kind, inputs, scope):
+    """A module in front of the layers has the padding of a mask of its own, or of the model's about as many tokens."""
+    model = method(kind(), r"trunk\.layers\.\d\.[02]|queries\.project", routing_scope=scope)
     x, mask = torch.randn(2, 5, 8).double(), torch.ones(2, 5)
     mask[1, 3:] = 0
-    together = model(patches=x, attention_mask=mask)
-    same(model(patches=x[1:, :3], attention_mask=mask[1:, :3]), together[1:, :3])
+    alone = model(**{inputs: x[1:, :3]}, attention_mask=mask[1:, :3])
+    same(alone, model(**{inputs: x}, attention_mask=mask)[1:, : alone.shape[1]])
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

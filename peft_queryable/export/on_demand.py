@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from ..command import base_class
 from ..config import QueryableLoraConfig
-from ..encoders import BACKBONE
+from ..encoders import BACKBONE, CENTRED
 from ..routes import instruction_routes
 from .lora import TENSORS, export_lora, refused_by_engines
 
@@ -143,7 +143,7 @@ def _check(config: QueryableLoraConfig, adapter: str, text: str | None) -> None:
             f"Adapter {adapter!r} carries {carried}, which vLLM refuses in a LoRA. Serve the merged model: "
             f"`python -m peft_queryable.export {adapter} OUT --merge`."
         )
-    if text is not None and config.instruction_encoder == BACKBONE:
+    if text is not None and config.instruction_encoder in (BACKBONE, CENTRED):
         raise ValueError(
             f"Adapter {adapter!r} encodes instructions by its base model, whose weights are not loaded here. Make an "
             f"export in the folder of the adapters, and ask for it as {adapter}@NAME: `{_command(adapter)} "

@@ -48,7 +48,8 @@ class DataArguments:
 @dataclass
 class InstructedArguments(QueryableArguments):
     instruction_encoder: str = field(
-        default="backbone", metadata={"help": "'backbone', or a sentence-transformers model by its Hub id or folder."}
+        default="backbone",
+        metadata={"help": "'backbone', 'backbone-centred', or a sentence-transformers model by its Hub id or folder."},
     )
     queryable_instruction_strength: float = like("instruction_strength")
     queryable_instruction_query_weight: float = like("instruction_query_weight")

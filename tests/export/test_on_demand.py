@@ -48,6 +48,7 @@ FIELDS = {
     "static": {"query_terms": ()},
     "routed": {},
     "backbone": {"query_terms": ("instruction",), "instruction_encoder": "backbone"},
+    "centred": {"query_terms": ("instruction",), "instruction_encoder": "backbone-centred"},
     "saved": {"query_terms": (), "modules_to_save": ["lm_head"]},
 }
 
@@ -159,6 +160,7 @@ REFUSED = {
     "routed": r"depend on the tokens.*there are \[\].*export routed routed/groups/NAME --calibrate",
     "routed@Sort.": "depend on the tokens",
     "backbone@Sort.": "weights are not loaded here.*groups/NAME --instruction 'Sort.'",
+    "centred@Sort.": "weights are not loaded here.*groups/NAME --instruction 'Sort.'",
     "instructed": "'instructed' has no default instruction. Ask for instructed@TEXT",
     "static@Sort.": "'static' takes no instruction. Ask for 'static'",
     "saved": r"carries \['modules_to_save'\].*--merge",

@@ -18,7 +18,7 @@ from recipes.language.arguments import QUICK, QUICK_SETTING, Arguments, Setting
 from recipes.language.arms import SHOWN
 from recipes.language.base import new_base, pretrain
 from recipes.language.comparisons import best, forgetting, ratio, read
-from recipes.language.records import finished
+from recipes.language.records import Run, add, finished
 from recipes.language.routes import shuffled
 from recipes.language.runs import TEST, TRAIN, Job, Runs, finetune
 from recipes.language.skills import CONDITIONS, PLACES, PROMPT, SEPARATOR, SKILLS, TASKS, lines, task_lines, tasks_of
@@ -208,9 +208,9 @@ def test_the_tables_against_numbers_by_hand(tmp_path):
 
 
 def test_files_of_several_machines_make_one_table(tmp_path, monkeypatch, capsys):
-    """Their tables are those of one file with all records, wherever the model lay; pictures are beside the first."""
+    """Their tables are those of one file with all records; pictures are beside the first."""
     records = [
-        record(arm, seed, 0.01, seed + 1, loss * (seed + 1), model=f"/home/{seed}/model")
+        record(arm, seed, 0.01, seed + 1, loss * (seed + 1), model="model")
         for seed in range(4)
         for arm, loss in (("lora", 1.0), ("scale-1", 0.5))
     ]
@@ -226,10 +226,20 @@ def test_files_of_several_machines_make_one_table(tmp_path, monkeypatch, capsys)
     assert not (parts[1].parent / "runs-r8.svg").exists()
 
 
+def test_records_name_no_folder(tmp_path):
+    """A model's folder differs between machines: what one has begun, another goes on with."""
+    path, run = tmp_path / "smollm2.jsonl", Run("numbers-prompt", 8, "lora", 0.01, 0)
+    add(path, {"model": "/home/one/model"}, [run._asdict()])
+    assert "/home" not in path.read_text()
+    assert finished(path, {"model": "/home/two/model"}) == {run}
+    with pytest.raises(SystemExit, match="runs of another setting"):
+        finished(path, {"model": "/home/two/another"})
+
+
 def test_files_that_make_no_table_together(tmp_path, capsys):
     """Another setting, or another name, is named."""
     one, two, named = (
-        write(tmp_path / name, [record("lora", 0, 0.01, 1.0, 1.0, model=f"/home/{model}")])
+        write(tmp_path / name, [record("lora", 0, 0.01, 1.0, 1.0, model=model)])
         for name, model in (("1/runs.jsonl", "a"), ("2/runs.jsonl", "b"), ("2/choosing.jsonl", "a"))
     )
     with pytest.raises(SystemExit, match=rf"{two} has runs of another setting than {one}, \{{'model': 'b'\}}"):
