@@ -514,3 +514,16 @@ def test_training_without_a_word_on_instructions_is_refused(model):
     with use_instructions(model, None):
         model(**inputs)
     model(**inputs)
+
+
+def test_compiled_training_without_a_word_on_instructions_is_refused(model):
+    """A graph remembers no earlier call: each call needs its instructions, a default, or None for a word."""
+    inputs = text() | {"labels": text()["input_ids"]}
+    compiled = torch.compile(model.train(), backend="aot_eager", fullgraph=True)
+    compiled(**inputs, instruction_embeds=torch.ones(1, 5))
+    with pytest.raises(RuntimeError, match="training call brings none"):
+        compiled(**inputs)
+    with use_instructions(model, None):
+        compiled(**inputs)
+    set_default_instruction(model, torch.ones(1, 5))
+    compiled(**inputs)

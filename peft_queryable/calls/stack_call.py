@@ -246,14 +246,21 @@ class StackCall:
         default = plan.router.default_instruction
         if default is None or not self.is_training or self.model_call.is_generating or "instruction" in plan.seen:
             return
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(default.weight, FakeTensor):
+        message = (
+            f"Adapter {plan.adapter_name!r} takes instructions, and its first training call brings none. Call "
+            "`use_instruction_column(trainer)` before `trainer.train()`, pass `instruction_embeds`, or say that "
+            "there is none: `with use_instructions(model, None):`."
+        )
+        if not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():  # a graph knows of no first call: each one has to bring some word
+            if not is_told:
+                torch._assert_async(default.weight.any(), message)
+            return
+        if isinstance(default.weight, FakeTensor):
             return
         if not is_told and not default.weight.any():
-            raise ValueError(
-                f"Adapter {plan.adapter_name!r} takes instructions, and its first training call brings none. Call "
-                "`use_instruction_column(trainer)` before `trainer.train()`, pass `instruction_embeds`, or say that "
-                "there is none: `with use_instructions(model, None):`."
-            )
+            raise ValueError(message)
         plan.seen.add("instruction")
 
     def has_packed_instructions(self, plan: Plan) -> bool:
