@@ -52,8 +52,9 @@ def main(args: Arguments) -> None:
             (output / "benchmark.json").write_text(json.dumps(results, indent=1))
     places, figures = {}, []
     if args.works != ["none"]:
-        compiled = " --modes compile" if args.modes == ["compile"] else ""
-        places = {f"--device {args.device} --models {m}{compiled}": report(results, m) for m in args.models}
+        further = " --modes compile" if args.modes == ["compile"] else ""
+        further += f" --threads {args.threads}" if args.threads > 1 else ""
+        places = {f"--device {args.device} --models {m}{further}": report(results, m) for m in args.models}
         figures = [plot_ratios(results, model, output) for model in args.models]
     if args.sweeps != ["none"]:
         places[f"--device {args.device} --sweeps"] = growth_table(results)

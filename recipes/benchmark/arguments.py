@@ -1,6 +1,5 @@
 """The arguments of the recipe."""
 
-import os
 from dataclasses import dataclass, field
 
 from recipes.benchmark.methods import METHODS
@@ -42,7 +41,7 @@ class Arguments:
     )
     device: str = field(default="cpu", metadata={"help": "Device of the models.", "choices": ["cpu", "cuda"]})
     dtype: str = field(default="float32", metadata={"help": "Type of the base model's weights."})
-    threads: int = field(default=os.cpu_count() or 1, metadata={"help": "Threads of torch."})
+    threads: int = field(default=1, metadata={"help": "Threads of torch."})
     rounds: int = field(default=15, metadata={"help": "Measurements of each method."})
     length: int = field(default=256, metadata={"help": "Tokens per row in prefill and training."})
     batch: int = field(default=2, metadata={"help": "Rows in prefill and training."})

@@ -39,8 +39,9 @@ def plot_ratios(results: dict, model: str, folder: Path) -> Path:
             axes.set_yticks(range(len(methods)), [NAMES[method].replace("`", "") for method in methods])
         line[0].invert_yaxis()
     figure.supxlabel("time / LoRA's")
-    compiled = "" if "eager" in modes else "-compile"
-    return save(figure, folder / f"times-{settings['device']}-{model}{compiled}.svg")
+    further = "" if "eager" in modes else "-compile"
+    further += f"-{settings['threads']}-threads" if settings["threads"] > 1 else ""
+    return save(figure, folder / f"times-{settings['device']}-{model}{further}.svg")
 
 
 def plot_growth(results: dict, folder: Path) -> Path:
