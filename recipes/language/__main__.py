@@ -16,7 +16,7 @@ Every finished run is a line of OUTPUT/runs.jsonl, and an interrupted command go
 `python -m recipes.language.tables` makes the tables again.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -24,8 +24,7 @@ from transformers import HfArgumentParser
 
 from recipes.common.workers import Workers
 from recipes.language.arguments import FIRST_CHOOSING_SEED, QUICK, QUICK_SETTING, Arguments, Setting
-from recipes.language.jobs import finetune_missing, pretrain_missing
-from recipes.language.records import finished
+from recipes.language.jobs import finetune_missing, missing_runs, pretrain_missing
 from recipes.language.runs import Job
 from recipes.language.tables import report
 
@@ -37,9 +36,8 @@ def main(args: Arguments) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     first = FIRST_CHOOSING_SEED if args.choosing else 0
     seeds = range(first, first + args.seeds)
-    done = finished(results, asdict(setting))
     jobs = [Job(*each) for each in product(args.conditions, args.ranks, args.arms, args.rates) if is_sensible(*each)]
-    missing = {job: left for job in jobs if (left := [seed for seed in seeds if (*job, seed) not in done])}
+    missing = missing_runs(jobs, seeds, results, setting)
     with Workers(args.processes) as workers:
         pretrain_missing(args, setting, sorted({seed for left in missing.values() for seed in left}), workers)
         finetune_missing(args, setting, missing, results, workers)

@@ -25,8 +25,21 @@ class Setting:
 
 
 @dataclass
-class Arguments:
+class JobArguments:
+    """What the commands on the tiny model have in common."""
+
     output_dir: str = field(default="outputs/language", metadata={"help": "Folder for results and bases."})
+    seeds: int = field(default=10, metadata={"help": "Runs of each arm and rate, with seeds 0, 1, ..."})
+    at_once: int = field(default=5, metadata={"help": "Runs that train as one stacked model."})
+    processes: int = field(
+        default=os.cpu_count() or 1,
+        metadata={"help": "Stacked models that train side by side, each on one thread."},
+    )
+    quick: bool = field(default=False, metadata={"help": "A few steps of a few arms: to see that it runs."})
+
+
+@dataclass
+class Arguments(JobArguments):
     conditions: list[str] = field(
         default_factory=lambda: list(CONDITIONS),
         metadata={"help": "How the task is told, in the order of the runs.", "choices": list(CONDITIONS)},
@@ -39,13 +52,6 @@ class Arguments:
         default_factory=lambda: [0.0025, 0.005, 0.01, 0.02],
         metadata={"help": "Learning rates of every arm; the best one on validation data is shown."},
     )
-    seeds: int = field(default=10, metadata={"help": "Runs of each arm and rate, with seeds 0, 1, ..."})
     choosing: bool = field(
         default=False, metadata={"help": f"Take seeds {FIRST_CHOOSING_SEED}, ... instead, to choose defaults by."}
     )
-    at_once: int = field(default=5, metadata={"help": "Runs that train as one stacked model."})
-    processes: int = field(
-        default=os.cpu_count() or 1,
-        metadata={"help": "Stacked models that train side by side, each on one thread."},
-    )
-    quick: bool = field(default=False, metadata={"help": "A few steps of three arms: to see that it runs."})

@@ -1,5 +1,6 @@
 """What is compared: LoRA and its relatives, our method, and our method with a part taken away."""
 
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -59,8 +60,17 @@ ARMS = {
     "all-atoms": Arm("keys at 0.3, all atoms mixed", ours={"init_router_scale": 0.3, "top_k": None}),
     "64-atoms": Arm("keys at 0.3, 64 atoms", ours={"init_router_scale": 0.3, "num_atoms": 64}),
 }
+MIXING = re.compile(r"M(\d+)-k(\d+)")  # names of arms of a sweep
 SHOWN = tuple(ARMS)[: tuple(ARMS).index("oracle") + 1]
 SCALING = 2.0  # alpha / r of all arms
+
+
+def find(name: str) -> Arm:
+    """The arm called `name`: one of `ARMS`, or ours with so many atoms, and top-k, as "M16-k4"."""
+    if name in ARMS:
+        return ARMS[name]
+    num_atoms, top_k = map(int, MIXING.fullmatch(name).groups())
+    return Arm(f"ours, M = {num_atoms}, k = {top_k}", ours={"num_atoms": num_atoms, "top_k": top_k})
 
 
 def attach(arm: Arm, base: nn.Module, rank: int, condition: str) -> PeftModel:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import exp, inf, isfinite, log
 from pathlib import Path
 from typing import NamedTuple
@@ -82,9 +82,18 @@ def ratio(runs: Runs, others: Runs, name: str = "test", other_name: str = "test"
         return None
     if not all(map(isfinite, logs)):
         return Ratio(inf, inf, inf, len(logs))
+    return Ratio(exp(statistics.mean(logs)), *_interval(logs), len(logs))
+
+
+def interval(runs: Runs, name: str) -> tuple[float, float]:
+    """The 95 % interval of the geometric mean over seeds, by the t distribution of the logs."""
+    return _interval([log(record[name]) for record in runs.values()])
+
+
+def _interval(logs: Sequence[float]) -> tuple[float, float]:
     mean = statistics.mean(logs)
     half = t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
-    return Ratio(exp(mean), exp(mean - half), exp(mean + half), len(logs))
+    return exp(mean - half), exp(mean + half)
 
 
 def geometric_mean(runs: Runs, name: str) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.language.arguments import Setting
-from recipes.language.arms import ARMS, attach, inputs, routing
+from recipes.language.arms import attach, find, inputs, routing
 from recipes.language.routes import shuffled, told_by
 from recipes.language.skills import TASKS, stages_of, task_lines, tasks_of
 from recipes.language.stacked import Stacked, is_exact, train
@@ -37,7 +37,7 @@ class Runs:
     """
 
     def __init__(self, setting: Setting, job: Job, seeds: Sequence[int], bases: Sequence[nn.Module]) -> None:
-        self.setting, self.job, self.seeds, self.arm = setting, job, seeds, ARMS[job.arm]
+        self.setting, self.job, self.seeds, self.arm = setting, job, seeds, find(job.arm)
         self.copies = len(TASKS) if self.arm.is_each else 1  # models per run
         models = []
         for seed, base in zip(seeds, bases, strict=True):

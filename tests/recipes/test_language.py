@@ -13,9 +13,9 @@ from scipy.stats import ttest_1samp
 import recipes.language.__main__ as recipe
 from peft_queryable import record_routing
 from recipes.common import report
-from recipes.language import tables
+from recipes.language import sweep, tables
 from recipes.language.arguments import QUICK, QUICK_SETTING, Arguments, Setting
-from recipes.language.arms import SHOWN
+from recipes.language.arms import SHOWN, find
 from recipes.language.base import new_base, pretrain
 from recipes.language.comparisons import best, forgetting, ratio, read
 from recipes.language.records import Run, add, finished
@@ -254,3 +254,34 @@ def test_ratios_need_common_seeds():
     assert ratio(runs, {7: {"test": 1.0}}) is None
     assert str(ratio(runs, {1: {"test": 2.0}})) == "0.50"
     assert ratio({1: {"test": math.inf}, 2: {"test": 1.0}}, runs).mean == math.inf
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Sizes reach the configuration; ratios are to the paper's size, and the docs get table and picture."""
+    stdout = run("recipes.language.sweep", "--quick", "--processes", 1, "--output_dir", tmp_path)
+    results = tmp_path / "quick-sweep.jsonl"
+    written = results.read_text()
+    assert stdout == results.with_suffix(".md").read_text()
+    records = [json.loads(line) for line in written.splitlines()]
+    assert [(each["arm"], each["seed"]) for each in records] == [(f"M16-k{k}", s) for k in (2, 4) for s in (0, 1)]
+    ours = find("M16-k2").ours
+    assert ours == {"num_atoms": 16, "top_k": 2}
+    found = sweep.read(results, "instruction")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in sweep.table(found).splitlines()[2:]]
+    assert [row[:3] for row in rows] == [["8", "16", "2"], ["8", "16", "4"]]
+    by_hand = str(ratio(found[8, 16, 2], found[8, 16, 4]))
+    assert [row[5].replace("\N{NO-BREAK SPACE}", " ") for row in rows] == [by_hand, ""]
+    (tmp_path / "language-models.md").write_text(
+        "".join(f"<!-- {edge} of recipes.language.sweep -->\n" for edge in ("start", "end"))
+    )
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    arguments = {"output_dir": str(tmp_path), "processes": 1, "quick": True, "write_docs": True}
+    sweep.main(sweep.SweepArguments(**arguments, **sweep.QUICK))
+    assert results.read_text() == written
+    page = (tmp_path / "language-models.md").read_text()
+    assert "![quick-sweep](language-quick-sweep.svg)" in page and (tmp_path / "language-quick-sweep.svg").exists()
+
+
+def test_the_front_of_a_sweep():
+    points = [(1, 5.0), (2, 6.0), (3, 4.0), (4, 4.0), (5, 1.0)]
+    assert sweep.front(points[::-1]) == [(1, 5.0), (3, 4.0), (5, 1.0)]
