@@ -44,6 +44,7 @@ class Runs:
             for i in range(self.copies):
                 torch.manual_seed(1000 * i + seed)
                 models.append(attach(self.arm, copy.deepcopy(base), job.rank, job.condition))
+        self.usages: list[Tensor] = []  # after each stage, if there are several: of all tasks, [R, tasks, blocks, M]
         self.stacked = Stacked(models, partial(inputs, self.arm, job.condition), partial(routing, self.arm))
 
     def tasks(self, stage: int, n: int) -> Tensor:
@@ -72,6 +73,8 @@ class Runs:
             train(self.stacked, self.job.lr, steps, lines, self.tasks(stage, batch), advance)
             if len(stages) > 1:
                 matrix.append(self.losses(TEST))
+                if self.arm.is_routed:
+                    self.usages.append(self.usage())
         return matrix
 
     @torch.no_grad()
@@ -89,6 +92,14 @@ class Runs:
 
     def exact(self, kind: int) -> list[Tensor]:
         return self.over_stages(partial(self.stacked.map, is_exact), kind)
+
+    @torch.no_grad()
+    def usage(self) -> Tensor:
+        """The mean routes of each stage's test answers, [R, stages, blocks, M]."""
+        stages = stages_of(self.job.condition)
+        n = self.setting.test // len(stages)
+        means = [self.stacked.routes(self.stream(s, n, TEST)(), self.tasks(s, n)).mean((2, 3)) for s in stages]
+        return torch.stack(means, 1)
 
     @torch.no_grad()
     def routes(self) -> list[dict[str, float]]:
@@ -127,6 +138,8 @@ def finetune(
         record |= {name: finite(sum(means)[i].item() / len(means)) for name, means in measured.items()} | told[i]
         if matrix:  # [stages, tasks]
             record["matrix"] = [[finite(loss[i].item()) for loss in row] for row in matrix]
+        if runs.usages:  # [stages, tasks, blocks, M]
+            record["usage"] = torch.stack([usage[i] for usage in runs.usages]).mul(1e4).round().div(1e4).tolist()
         records.append(record)
     return records
 

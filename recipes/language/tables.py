@@ -21,6 +21,7 @@ from recipes.common.figures import plt, save
 from recipes.common.report import fill_place, markdown_table
 from recipes.language.arms import ARMS
 from recipes.language.comparisons import TITLES, Best, best, forgetting, geometric_mean, mean, ratio, read
+from recipes.language.stages import plot_stages, stages_table
 
 RIVALS = {"lora": "LoRA", "lora-2r": "LoRA 2r", "static": "static"}
 
@@ -97,10 +98,15 @@ def report(*paths: Path) -> str:
     found = {place: {arm: best(rates) for arm, rates in arms.items()} for place, arms in read(*paths).items() if arms}
     for rank in {rank for _, rank in found}:
         plot(found, rank, paths[0])
-    return "\n\n".join(
-        f"### {TITLES[condition]}, r = {rank}\n\n{table(arms)}\n\n{routes_table(arms)}".rstrip()
-        for (condition, rank), arms in found.items()
-    )
+    parts = []
+    for (condition, rank), arms in found.items():
+        tables = f"### {TITLES[condition]}, r = {rank}", table(arms), routes_table(arms), stages_table(arms)
+        parts += [text for text in tables if text]
+        if condition == "sequence":
+            for arm, each in arms.items():
+                if all("usage" in run for run in each.runs.values()):
+                    plot_stages(each.runs, paths[0].with_name(f"{paths[0].stem}-r{rank}-{arm}.svg"))
+    return "\n\n".join(parts)
 
 
 def write_docs(text: str, path: Path) -> None:

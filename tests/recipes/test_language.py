@@ -23,6 +23,7 @@ from recipes.language.routes import shuffled
 from recipes.language.runs import TEST, TRAIN, Job, Runs, finetune
 from recipes.language.skills import CONDITIONS, PLACES, PROMPT, SEPARATOR, SKILLS, TASKS, lines, task_lines, tasks_of
 from recipes.language.stacked import answer_loss
+from recipes.language.stages import told_by_usage
 
 SETTING = replace(Setting(), **QUICK_SETTING)
 
@@ -135,6 +136,33 @@ def test_forgetting_is_measured_after_every_stage():
     assert record["test"] == pytest.approx(matrix[-1].mean().item(), rel=1e-5)
     by_hand = statistics.mean(record["matrix"][7][task] - record["matrix"][task][task] for task in range(7))
     assert forgetting(record) == pytest.approx(by_hand)
+
+
+def test_what_stages_do_to_routes(tmp_path):
+    """Usages are those of a call's routes after the last stage; the columns by hand, and a table and a picture."""
+    trained = runs("scale-1", 0, condition="sequence", rank=2, lr=0.05)
+    trained.train(lambda: None)
+    usage = torch.cat(trained.usages)
+    assert usage.shape == (8, 8, 4, 16)
+    routes = trained.stacked.routes(trained.stream(3, SETTING.test // 8, TEST)(), trained.tasks(3, SETTING.test // 8))
+    torch.testing.assert_close(usage[7, 3], routes[0].mean((1, 2)))
+    assert not torch.equal(usage[0, 3], usage[7, 3])
+    (record,) = finetune(SETTING, Job("sequence", 2, "scale-1", 0.05), [0], bases(0), lambda: None)
+    assert (
+        torch.tensor(record["usage"]).shape == usage.shape
+        and "usage" not in finetune(SETTING, Job("sequence", 2, "static", 0.05), [0], bases(0), lambda: None)[0]
+    )
+    path = write(tmp_path / "runs.jsonl", [{"setting": {}, **record}])
+    assert "moved by its own stage" in tables.report(path) and (tmp_path / "runs-r2-scale-1.svg").exists()
+
+
+def test_the_columns_of_usages_by_hand():
+    """Two tasks and one block of two atoms: the second stage moves both tasks, half of each one's weight."""
+    first = [[[1.0, 0.0]], [[1.0, 0.0]]]
+    second = [[[0.5, 0.5]], [[0.5, 0.5]]]
+    assert told_by_usage(torch.tensor([first, second])) == pytest.approx((0.5, 0.5, 0.0, 1.0))
+    apart = [[[1.0, 0.0]], [[0.0, 1.0]]]
+    assert told_by_usage(torch.tensor([first, apart])) == pytest.approx((1.0, 0.0, 1.0, 0.0))
 
 
 def test_the_base_learns():
