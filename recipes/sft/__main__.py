@@ -13,8 +13,9 @@ python -m recipes.sft \
     --train_file train.jsonl --test_file test.jsonl \
     --methods queryable --bf16 --gradient_checkpointing --report_to trackio
 
-# Settings from a file
+# Settings from a file: the paper's, on your data or on one of its data sets
 python -m recipes.sft --config recipes/sft/paper.yaml
+python -m recipes.sft --config recipes/sft/paper/gsm8k.yaml
 
 # After Ctrl-C, or with checkpoints (--save_strategy steps) after any other end, the same command goes on from there
 python -m recipes.sft --save_strategy steps --save_steps 50
@@ -55,6 +56,12 @@ class HeldOutArguments(ScoreArguments):
 class SftArguments(ScriptArguments):
     train_file: str | None = field(
         default=None, metadata={"help": "JSON lines in TRL's prompt/completion or messages form."}
+    )
+    doc_to_text: str | None = field(
+        default=None, metadata={"help": "Jinja template that makes a row's prompt from its columns, or from `row`."}
+    )
+    doc_to_target: str | None = field(
+        default=None, metadata={"help": "Jinja template that makes the completion; both, or neither."}
     )
     methods: list[str] = field(
         default_factory=lambda: ["lora", "queryable"],
@@ -112,6 +119,8 @@ def parse():
         parser.error("--train_file and --dataset_name both name the training data: pass one of them")
     if script_args.train_file is None and test_args.test_file is not None:
         parser.error("--test_file needs --train_file; of a data set, --dataset_test_split is held out")
+    if (script_args.doc_to_text is None) != (script_args.doc_to_target is None):
+        parser.error("--doc_to_text makes the prompt and --doc_to_target the completion: pass both, or neither")
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint not in (None, "true") and len(script_args.methods) > 1:
         parser.error(

@@ -7,6 +7,7 @@ import sys
 from itertools import islice
 
 from datasets import Dataset, load_dataset
+from jinja2 import Environment, StrictUndefined, TemplateError, TemplateSyntaxError
 
 from recipes.common.files import hold_out, read_lines
 from recipes.common.reasoning import SEED, SYSTEM, load_families
@@ -27,11 +28,53 @@ def load_data(script_args, test_args):
     if script_args.dataset_name is not None:
         source = {"path": script_args.dataset_name, "name": script_args.dataset_config}
         train = load_dataset(**source, split=script_args.dataset_train_split, streaming=script_args.dataset_streaming)
-        return train, load_dataset(**source, split=script_args.dataset_test_split)
-    if script_args.train_file is None:
+        test = load_dataset(**source, split=script_args.dataset_test_split)
+    elif script_args.train_file is None:
         return reasoning_data()
-    train = read_lines(script_args.train_file)
-    return hold_out(train) if test_args.test_file is None else (train, read_lines(test_args.test_file))
+    else:
+        read = read_lines if script_args.doc_to_text is None else read_rows
+        train = read(script_args.train_file)
+        train, test = hold_out(train) if test_args.test_file is None else (train, read(test_args.test_file))
+    if script_args.doc_to_text is None:
+        return train, test
+    form = Form(script_args.doc_to_text, script_args.doc_to_target)
+    return tuple(data.map(form, remove_columns=list(next(iter(data)))) for data in (train, test))
+
+
+def read_rows(path: str) -> Dataset:
+    return load_dataset("json", data_files=path, split="train")
+
+
+class Form:
+    """Makes a prompt and its completion, as a user's and an assistant's turn, from a row's columns.
+
+    Args:
+        doc_to_text: Jinja template of the prompt; it has the columns, and all of them in `row`.
+        doc_to_target: of the completion.
+    """
+
+    def __init__(self, doc_to_text: str, doc_to_target: str) -> None:
+        environment = Environment(undefined=StrictUndefined)
+        try:
+            self.templates = [environment.from_string(text) for text in (doc_to_text, doc_to_target)]
+        except TemplateSyntaxError as error:
+            raise SystemExit(f"A template is no Jinja ({error}): {error.source}") from None
+        self.sources = doc_to_text, doc_to_target
+
+    def __call__(self, row: dict) -> dict:
+        turns = []
+        for template, source in zip(self.templates, self.sources, strict=True):
+            try:
+                turns.append(template.render({**row, "row": row}).strip())
+            except TemplateError as error:
+                raise SystemExit(f"{error.message}. A row has {', '.join(row)}; the template is {source}") from None
+        prompt, completion = turns
+        if not completion:
+            raise SystemExit(f"The completion of a row is empty: {self.sources[1]} of {row}")
+        return {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": completion}],
+        }
 
 
 def reasoning_data(train_size: int = TRAIN_SIZE, test_size: int = TEST_SIZE) -> tuple[Dataset, Dataset]:
