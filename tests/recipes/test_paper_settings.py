@@ -125,7 +125,8 @@ def save_as_on_the_hub(folder, settings, rows):
     for split, some in splits.items():
         Dataset.from_list(some).to_parquet(folder / f"{split}.parquet")
     files = [{"split": split, "path": f"{split}.parquet"} for split in splits]
-    configs = [{"config_name": settings.get("dataset_config", "default"), "data_files": files}]
+    names = [settings["dataset_config"], "another"] if "dataset_config" in settings else ["default"]
+    configs = [{"config_name": name, "data_files": files} for name in names]  # of several, one has to be named
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
 
 
