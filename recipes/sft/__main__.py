@@ -13,8 +13,7 @@ python -m recipes.sft \
     --train_file train.jsonl --test_file test.jsonl \
     --methods queryable --bf16 --gradient_checkpointing --report_to trackio
 
-# Settings from a file: the paper's, on your data or on one of its data sets
-python -m recipes.sft --config recipes/sft/paper.yaml
+# Settings from a file: the paper's, on one of its data sets
 python -m recipes.sft --config recipes/sft/paper/gsm8k.yaml
 
 # After Ctrl-C, or with checkpoints (--save_strategy steps) after any other end, the same command goes on from there

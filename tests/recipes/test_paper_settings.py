@@ -8,57 +8,163 @@ from datasets import Dataset
 from helpers.recipes import ROOT, run, sft_arguments
 
 import recipes.sft.__main__ as recipe
+from recipes.common.evaluate import answer
 from recipes.sft.data import Form, load_data
 
 FILES = {path.stem: path for path in sorted((ROOT / "recipes/sft/paper").glob("*.yaml"))}
-CHOICES = {"label": ["A", "B"], "text": ["a spoon", "a magnet"]}
-ROWS = {  # a row of each data set as the Hub has it, the end of its prompt, and its completion
-    "arc": ({"question": "What pulls?", "choices": CHOICES, "answerKey": "B"}, "A. a spoon\nB. a magnet", "B"),
-    "boolq": ({"passage": "Ice is cold.", "question": "is ice cold", "answer": True}, "is ice cold?", "yes"),
-    "gpqa": (
-        {
-            "Question": "Which?",
-            "Correct Answer": "b",
-            **{f"Incorrect Answer {i}": text for i, text in enumerate("dac", 1)},
-        },
-        "Which?\nA. a\nB. b\nC. c\nD. d",
-        "B",
-    ),
-    "gsm8k": ({"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"}, "2 + 2?", "2 + 2 = 4\n#### 4"),
-    "hellaswag": ({"ctx": "He", "endings": ["runs", "eats", "is", "sat"], "label": "3"}, "He\nA. runs\nB. eats", "D"),
-    "math": ({"problem": "x = 1", "solution": r"So \boxed{1}."}, "x = 1", r"So \boxed{1}."),
-    "mbpp": (
-        {"text": "Write f.", "code": "def f():\r\n    pass", "test_list": ["assert f() is None"]},
-        "Write f.\nIt has to pass: assert f() is None",
-        "def f():\r\n    pass",
-    ),
-    "openbookqa": (
-        {"question_stem": "What pulls?", "choices": CHOICES, "answerKey": "A"},
-        "What pulls?\nA. a spoon\nB. a magnet",
-        "A",
-    ),
-    "race": (
-        {"article": "He ran.", "question": "Who?", "options": ["he", "she", "I", "we"], "answer": "A"},
-        "He ran.\nWho?\nA. he\nB. she\nC. I\nD. we",
-        "A",
-    ),
+PULLS = {"label": ["A", "B"], "text": ["a spoon", "a magnet"]}
+BURNS = {"label": ["1", "2", "3"], "text": ["ice", "sand", "wood"]}
+
+
+def gpqa(question, correct, *incorrect):
+    others = {f"Incorrect Answer {i}": text for i, text in enumerate(incorrect, 1)}
+    return {"Record ID": "rec", "Question": question, "Correct Answer": correct, **others, "Canary String": None}
+
+
+# Two rows of each data set with the columns that it has on the Hub, each with its prompt and its completion.
+ROWS = {
+    "arc": [
+        (
+            {"id": "M1", "question": "What pulls iron?", "choices": PULLS, "answerKey": "B"},
+            "What pulls iron?\nA. a spoon\nB. a magnet\nAnswer with the letter.",
+            "B",
+        ),
+        (
+            {"id": "N2", "question": "What burns?", "choices": BURNS, "answerKey": "3"},
+            "What burns?\n1. ice\n2. sand\n3. wood\nAnswer with the letter.",
+            "3",
+        ),
+    ],
+    "boolq": [
+        (
+            {"question": "is ice cold", "answer": True, "passage": "Ice is frozen."},
+            "Ice is frozen.\nis ice cold? Answer with yes or no.",
+            "yes",
+        ),
+        (
+            {"question": "is fire cold", "answer": False, "passage": "Fire burns."},
+            "Fire burns.\nis fire cold? Answer with yes or no.",
+            "no",
+        ),
+    ],
+    "gpqa": [
+        (gpqa("Which?", "b\n", "d", "a", "c"), "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer with the letter.", "B"),
+        (gpqa("What?", "z", "w", "y", "x"), "What?\nA. w\nB. x\nC. y\nD. z\nAnswer with the letter.", "D"),
+    ],
+    "gsm8k": [
+        ({"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}, "2 + 2?", "2 + 2 = <<2+2=4>>4\n#### 4"),
+        ({"question": "3 * 5?", "answer": "It is 15.\n#### 15"}, "3 * 5?", "It is 15.\n#### 15"),
+    ],
+    "hellaswag": [
+        (
+            {"ind": 1, "ctx": "He", "endings": ["runs", "eats", "is", "sat"], "label": "3"},
+            "He\nA. runs\nB. eats\nC. is\nD. sat\nWhich ending fits? Answer with the letter.",
+            "D",
+        ),
+        (
+            {"ind": 2, "ctx": "She", "endings": ["up", "in", "on", "at"], "label": "0"},
+            "She\nA. up\nB. in\nC. on\nD. at\nWhich ending fits? Answer with the letter.",
+            "A",
+        ),
+    ],
+    "math": [
+        (
+            {"problem": "x = 1", "level": "Level 1", "type": "Algebra", "solution": r"$\boxed{1}$."},
+            "x = 1",
+            r"$\boxed{1}$.",
+        ),
+        (
+            {"problem": "2x = 1", "level": "Level 2", "type": "Algebra", "solution": r"So $\boxed{\frac{1}{2}}$."},
+            "2x = 1",
+            r"So $\boxed{\frac{1}{2}}$.",
+        ),
+    ],
+    "mbpp": [
+        (
+            {"task_id": 1, "text": "Write f.", "code": "def f():\r\n  pass", "test_list": ["assert not f()", "f()"]},
+            "Write f.\nIt has to pass: assert not f()",
+            "def f():\r\n  pass",
+        ),
+        (
+            {"task_id": 2, "text": "Write g.", "code": "g = {1: 2} ", "test_list": ["assert g"]},
+            "Write g.\nIt has to pass: assert g",
+            "g = {1: 2}",
+        ),
+    ],
+    "openbookqa": [
+        (
+            {"id": "7", "question_stem": "Iron follows", "choices": PULLS, "answerKey": "B"},
+            "Iron follows\nA. a spoon\nB. a magnet\nAnswer with the letter.",
+            "B",
+        ),
+        (
+            {"id": "8", "question_stem": "Soup needs", "choices": PULLS, "answerKey": "A"},
+            "Soup needs\nA. a spoon\nB. a magnet\nAnswer with the letter.",
+            "A",
+        ),
+    ],
+    "race": [
+        (
+            {"article": "He ran.", "answer": "A", "question": "Who?", "options": ["he", "she", "I", "we"]},
+            "He ran.\nWho?\nA. he\nB. she\nC. I\nD. we\nAnswer with the letter.",
+            "A",
+        ),
+        (
+            {"article": "We sat.", "answer": "D", "question": "_ sat.", "options": ["he", "she", "I", "we"]},
+            "We sat.\n_ sat.\nA. he\nB. she\nC. I\nD. we\nAnswer with the letter.",
+            "D",
+        ),
+    ],
 }
 
 
-def test_each_file_has_a_row():
+def save_as_on_the_hub(folder, settings, rows):
+    """The rows in the configuration and splits that the settings name; both in one split where they name one."""
+    train, test = (settings[f"dataset_{name}_split"].split("[")[0] for name in ("train", "test"))
+    splits = {train: rows} if train == test else {train: rows[:1], test: rows[1:]}
+    for split, some in splits.items():
+        Dataset.from_list(some).to_parquet(folder / f"{split}.parquet")
+    files = [{"split": split, "path": f"{split}.parquet"} for split in splits]
+    names = [settings["dataset_config"], "another"] if "dataset_config" in settings else ["default"]
+    configs = [{"config_name": name, "data_files": files} for name in names]  # of several, one has to be named
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+
+
+def test_each_file_has_rows():
     assert FILES.keys() == ROWS.keys()
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_parses_and_forms_its_rows(name, command_line):
-    command_line("--config", FILES[name], "--bf16", "false")  # there may be no GPU
-    script_args, *_, training_args = recipe.parse()
-    row, prompt, completion = ROWS[name]
-    made = Form(script_args.doc_to_text, script_args.doc_to_target)(row)
-    assert prompt in made["prompt"][0]["content"]
-    assert made["completion"] == [{"role": "assistant", "content": completion}]
-    assert f"--config recipes/sft/paper/{name}.yaml" in FILES[name].read_text().splitlines()[0]
+def test_a_file_parses_and_forms_its_rows(name, command_line, tmp_path):
+    rows, prompts, completions = zip(*ROWS[name], strict=True)
+    save_as_on_the_hub(tmp_path, yaml.safe_load(FILES[name].read_text()), list(rows))
+    command_line("--config", FILES[name], "--dataset_name", tmp_path, "--bf16", "false")  # there may be no GPU
+    script_args, test_args, *_, training_args = recipe.parse()
+    train, test = load_data(script_args, test_args)
+    made = [*train, *test]
+    assert [row["prompt"] for row in made] == [[{"role": "user", "content": text}] for text in prompts]
+    assert [row["completion"] for row in made] == [[{"role": "assistant", "content": text}] for text in completions]
+    assert len(train) == len(test) == 1 and train.column_names == ["prompt", "completion"]
+    assert (
+        FILES[name]
+        .read_text()
+        .splitlines()[0]
+        .endswith(f": python -m recipes.sft --config recipes/sft/paper/{name}.yaml")
+    )
     assert (training_args.num_train_epochs, training_args.learning_rate) == (25, 2e-4)
+
+
+@pytest.mark.parametrize(("name", "answers"), [("gsm8k", ["4", "15"]), ("math", ["1", r"\frac{1}{2}"])])
+def test_what_is_compared_is_the_final_answer(name, answers):
+    pattern = yaml.safe_load(FILES[name].read_text())["answer_pattern"]
+    assert [answer(completion, pattern) for _, _, completion in ROWS[name]] == answers
+
+
+def test_a_row_without_a_label_is_refused():
+    """The Hub's test split of HellaSwag has empty labels."""
+    settings = yaml.safe_load(FILES["hellaswag"].read_text())
+    with pytest.raises(SystemExit, match="A row has ind, ctx, endings, label; the template is"):
+        Form(settings["doc_to_text"], settings["doc_to_target"])({**ROWS["hellaswag"][0][0], "label": ""})
 
 
 def test_the_files_differ_in_their_data_alone():
@@ -66,6 +172,8 @@ def test_the_files_differ_in_their_data_alone():
     settings = [yaml.safe_load(path.read_text()) for path in FILES.values()]
     for name in set().union(*settings) - own:
         assert name.startswith("dataset_") or len({str(each[name]) for each in settings}) == 1
+    shared = {"lora_r": 8, "queryable_num_atoms": 16, "queryable_top_k": 4, "queryable_routing_scope": "prompt"}
+    assert shared.items() <= settings[0].items()
 
 
 def test_data_from_files_in_the_form_of_a_data_set(command_line, model_folder, data_folder, tmp_path):
@@ -101,8 +209,9 @@ def test_templates_that_do_not_fit():
         Form("{{ question }", "{{ answer }}")
 
 
-def test_one_template_alone_is_refused(command_line, capsys):
-    command_line("--doc_to_text", "{{ question }}")
+@pytest.mark.parametrize("name", ["doc_to_text", "doc_to_target"])
+def test_one_template_alone_is_refused(name, command_line, capsys):
+    command_line(f"--{name}", "{{ question }}")
     with pytest.raises(SystemExit):
         recipe.parse()
     assert "pass both, or neither" in capsys.readouterr().err

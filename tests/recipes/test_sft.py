@@ -117,9 +117,8 @@ def test_both_methods_see_the_same_batches(command_line, model_folder, data_fold
     assert losses["queryable"] == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses["lora"]]
 
 
-def test_a_config_file_sets_all_kinds_of_arguments(command_line, data_folder, monkeypatch):
-    monkeypatch.chdir(data_folder)  # which has the files that it names
-    file = ROOT / "recipes/sft/paper.yaml"
+def test_a_config_file_sets_all_kinds_of_arguments(command_line):
+    file = ROOT / "recipes/sft/paper/gsm8k.yaml"
     command_line("--config", file, "--lora_r", 3, "--bf16", "false")
     script_args, test_args, queryable_args, model_args, training_args = recipe.parse()
     settings = yaml.safe_load(file.read_text()) | {"lora_r": 3, "bf16": False}
