@@ -59,13 +59,20 @@ def main(args, model_args):
 def score(model, tokenizer, examples, args) -> dict[str, float]:
     """Mean loss per completion token, and the share of examples whose greedy answer is the completion."""
     examples = sorted((encode(example, tokenizer) for example in examples), key=lambda e: len(e["input_ids"]))
+    for example in examples:
+        example["answer"] = answer(example["completion"], args.answer_pattern)
+        if example["answer"] is None:
+            text = (
+                f"--answer_pattern {args.answer_pattern!r} matches nothing in the completion {example['completion']!r}"
+            )
+            raise SystemExit(f"{text}, so that no answer to it could be told right from wrong.")
     batches = [examples[i : i + args.test_batch_size] for i in range(0, len(examples), args.test_batch_size)]
     loss, tokens, correct = 0.0, 0, 0
     for batch in tqdm(batches, desc="evaluating"):
         batch_loss, batch_tokens = completion_loss(model, tokenizer, batch)
         loss, tokens = loss + batch_loss, tokens + batch_tokens
         for example, text in zip(batch, generate(model, tokenizer, batch, args.max_new_tokens), strict=True):
-            correct += answer(text, args.answer_pattern) == answer(example["completion"], args.answer_pattern)
+            correct += answer(text, args.answer_pattern) == example["answer"]
     return {"held_out_loss": loss / tokens, "exact_match": correct / len(examples)}
 
 
@@ -124,9 +131,10 @@ def pad(model, tokenizer, sequences, side: str):
     return tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt").to(model.device)
 
 
-def answer(text: str, pattern: str | None) -> str:
+def answer(text: str, pattern: str | None) -> str | None:
+    """The answer in `text`: the last match of `pattern`, None if there is none; all of it without a pattern."""
     matches = [text] if pattern is None else re.findall(pattern, text)
-    return matches[-1].strip() if matches else ""
+    return matches[-1].strip() if matches else None
 
 
 if __name__ == "__main__":

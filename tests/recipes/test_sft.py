@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_queryable  # noqa: F401  for PeftModel.from_pretrained
 import recipes.sft.__main__ as recipe
+from recipes.common.evaluate import ScoreArguments, answer, score
 from recipes.common.smollm2 import smollm2_folder
 from recipes.sft.data import reasoning_data
 
@@ -155,3 +156,21 @@ def test_default_model_answers():
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = AutoModelForCausalLM.from_pretrained(folder).generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(ids[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("So #### 4", "4"), ("#### 3\n#### 4 ", "4"), ("four", None), ("", None)]
+)
+def test_the_answer_in_a_text(text, expected):
+    assert answer(text, "#### (.*)") == expected
+    assert answer(text, None) == text.strip()
+
+
+def test_a_completion_without_its_answer_is_refused(model_folder):
+    """Else a text without an answer, too, would be right."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    arguments = ScoreArguments(answer_pattern="#### (.*)")
+    with pytest.raises(SystemExit, match=r"--answer_pattern '#### \(\.\*\)' matches nothing in the completion 'four'"):
+        score(model, tokenizer, [{"prompt": "a", "completion": "four"}], arguments)
+    assert score(model, tokenizer, [{"prompt": "a", "completion": "#### 4"}], arguments)["exact_match"] == 0
