@@ -91,6 +91,8 @@ def interval(runs: Runs, name: str) -> tuple[float, float]:
 
 
 def _interval(logs: Sequence[float]) -> tuple[float, float]:
+    if not all(map(isfinite, logs)):
+        return inf, inf
     mean = statistics.mean(logs)
     half = t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
     return exp(mean - half), exp(mean + half)

@@ -294,7 +294,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert [(each["arm"], each["seed"]) for each in records] == [(f"M16-k{k}", s) for k in (2, 4) for s in (0, 1)]
     ours = find("M16-k2").ours
     assert ours == {"num_atoms": 16, "top_k": 2}
-    found = sweep.read(results, "instruction")
+    found = sweep.read(results, "instruction", 0.005)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in sweep.table(found).splitlines()[2:]]
     assert [row[:3] for row in rows] == [["8", "16", "2"], ["8", "16", "4"]]
     by_hand = str(ratio(found[8, 16, 2], found[8, 16, 4]))
@@ -307,7 +307,34 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     sweep.main(sweep.SweepArguments(**arguments, **sweep.QUICK))
     assert results.read_text() == written
     page = (tmp_path / "language-models.md").read_text()
-    assert "![quick-sweep](language-quick-sweep.svg)" in page and (tmp_path / "language-quick-sweep.svg").exists()
+    assert "#### Told to the adapter alone, rate 0.005" in page
+    assert "![quick-sweep-instruction](language-quick-sweep-instruction.svg)" in page
+    assert (tmp_path / "language-quick-sweep-instruction.svg").exists()
+
+
+def test_a_sweep_keeps_rates_apart_and_shows_runs_that_diverged(tmp_path):
+    """A second rate in the same file is not mixed in, nor another condition; an infinite loss ends nothing."""
+    told = {"mi_task": 1.0, "entropy": 0.5, "dead": 2.0}
+    records = [
+        record(f"M16-k{k}", seed, lr, 1.0, loss) | told | {"condition": condition}
+        for condition, k, lr, loss in (
+            ("instruction", 4, 0.005, 1.0),
+            ("instruction", 2, 0.005, 0.5),
+            ("instruction", 1, 0.005, math.inf),
+            ("instruction", 2, 0.01, 9.0),
+            ("token", 2, 0.005, 9.0),
+        )
+        for seed in (0, 1)
+    ]
+    found = sweep.read(write(tmp_path / "sweep.jsonl", records), "instruction", 0.005)
+    assert {sizes: [run["test"] for run in runs.values()] for sizes, runs in found.items()} == {
+        (8, 16, 1): [math.inf] * 2,
+        (8, 16, 2): [0.5] * 2,
+        (8, 16, 4): [1.0] * 2,
+    }
+    shown = [line.split("|")[5].strip() for line in sweep.table(found).splitlines()[2:]]
+    assert shown == ["inf", "0.500", "1.000"]
+    assert sweep.plot(found, tmp_path / "sweep.svg").read_text().endswith("</svg>\n")
 
 
 def test_the_front_of_a_sweep():
