@@ -107,6 +107,9 @@ def mean(runs: Runs, name: str) -> float:
 
 
 def forgetting(record: dict) -> float:
-    """By how much the losses of tasks rise after their own stage, at the end; the mean over all but the last."""
+    """By how much the losses of tasks rise after their own stage, at the end; the mean over all but the last.
+
+    Backward transfer, in losses, is the same with the other sign.
+    """
     matrix = record["matrix"]
     return statistics.mean(matrix[-1][task] - matrix[task][task] for task in range(len(matrix) - 1))
