@@ -91,6 +91,8 @@ def interval(runs: Runs, name: str) -> tuple[float, float]:
 
 
 def _interval(logs: Sequence[float]) -> tuple[float, float]:
+    if not all(map(isfinite, logs)):
+        return inf, inf
     mean = statistics.mean(logs)
     half = t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
     return exp(mean - half), exp(mean + half)
@@ -105,6 +107,9 @@ def mean(runs: Runs, name: str) -> float:
 
 
 def forgetting(record: dict) -> float:
-    """By how much the losses of tasks rise after their own stage, at the end; the mean over all but the last."""
+    """By how much the losses of tasks rise after their own stage, at the end; the mean over all but the last.
+
+    Backward transfer, in losses, is the same with the other sign.
+    """
     matrix = record["matrix"]
     return statistics.mean(matrix[-1][task] - matrix[task][task] for task in range(len(matrix) - 1))

@@ -139,7 +139,8 @@ def finetune(
         if matrix:  # [stages, tasks]
             record["matrix"] = [[finite(loss[i].item()) for loss in row] for row in matrix]
         if runs.usages:  # [stages, tasks, blocks, M]
-            record["usage"] = torch.stack([usage[i] for usage in runs.usages]).mul(1e4).round().div(1e4).tolist()
+            usage = torch.stack([usage[i] for usage in runs.usages]).double()  # a float would be written in 17 digits
+            record["usage"] = usage.round(decimals=4).tolist()
         records.append(record)
     return records
 

@@ -28,22 +28,26 @@ from recipes.common.report import fill_place, markdown_table
 from recipes.common.workers import Workers
 from recipes.language.arguments import QUICK_SETTING, JobArguments, Setting
 from recipes.language.arms import MIXING
-from recipes.language.comparisons import Runs, geometric_mean, interval, mean, ratio
+from recipes.language.comparisons import TITLES, Runs, geometric_mean, interval, mean, ratio
 from recipes.language.jobs import finetune_missing, missing_runs, pretrain_missing
 from recipes.language.records import load
 from recipes.language.runs import Job
-from recipes.language.skills import CONDITIONS
+from recipes.language.skills import CONDITIONS, stages_of
 from recipes.language.tables import unbroken
 
 DEFAULT = 8, 16, 4  # the paper's r, M and k on language models
 QUICK = {"ranks": [8], "atoms": [16], "top_k": [2, 4], "seeds": 2}
+TELLINGS = [
+    condition for condition in CONDITIONS if len(stages_of(condition)) == 1
+]  # with more, records say less of routes
 Sizes = tuple[int, int, int]  # r, M, k
 
 
 @dataclass
 class SweepArguments(JobArguments):
-    condition: str = field(
-        default="instruction", metadata={"help": "How the task is told.", "choices": list(CONDITIONS)}
+    conditions: list[str] = field(
+        default_factory=lambda: ["instruction"],
+        metadata={"help": "How the task is told; a table and a picture for each.", "choices": TELLINGS},
     )
     ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16], metadata={"help": "Ranks r."})
     atoms: list[int] = field(default_factory=lambda: [4, 8, 16, 32], metadata={"help": "Numbers of atoms M."})
@@ -52,7 +56,7 @@ class SweepArguments(JobArguments):
     )
     rate: float = field(default=0.005, metadata={"help": "Learning rate."})
     seeds: int = field(default=3, metadata={"help": "Runs of each size, with seeds 0, 1, ..."})
-    write_docs: bool = field(default=False, metadata={"help": "Put table and picture into docs/language-models.md."})
+    write_docs: bool = field(default=False, metadata={"help": "Put tables and pictures into docs/language-models.md."})
 
 
 def main(args: SweepArguments) -> None:
@@ -60,25 +64,29 @@ def main(args: SweepArguments) -> None:
     results = Path(args.output_dir, f"{'quick-' if args.quick else ''}sweep.jsonl")
     results.parent.mkdir(parents=True, exist_ok=True)
     sizes = [(r, M, k) for r, M, k in product(args.ranks, args.atoms, args.top_k) if k <= M]
-    jobs = [Job(args.condition, r, f"M{M}-k{k}", args.rate) for r, M, k in sizes]
+    jobs = [Job(condition, r, f"M{M}-k{k}", args.rate) for condition in args.conditions for r, M, k in sizes]
     missing = missing_runs(jobs, range(args.seeds), results, setting)
     with Workers(args.processes) as workers:
         pretrain_missing(args, setting, sorted({seed for left in missing.values() for seed in left}), workers)
         finetune_missing(args, setting, missing, results, workers)
-    found = read(results, args.condition)
-    text = table(found)
-    picture = plot(found, results.with_suffix(".svg"))
+    parts, figures = [], {}
+    for condition in args.conditions:
+        found = read(results, condition, args.rate)
+        parts.append(f"#### {TITLES[condition]}, rate {args.rate:g}\n\n{table(found)}")
+        picture = plot(found, results.with_name(f"{results.stem}-{condition}.svg"))
+        figures[f"language-{picture.name}"] = picture
+    text = "\n\n".join(parts)
     results.with_suffix(".md").write_text(text + "\n")
     print(text)
     if args.write_docs:
-        fill_place("language-models.md", "recipes.language.sweep", text, {f"language-{picture.name}": picture})
+        fill_place("language-models.md", "recipes.language.sweep", text, figures)
 
 
-def read(path: Path, condition: str) -> dict[Sizes, Runs]:
-    """Records by size, then seed."""
+def read(path: Path, condition: str, rate: float) -> dict[Sizes, Runs]:
+    """Records of a condition at a rate, by size, then seed."""
     found: dict[Sizes, dict[int, dict]] = defaultdict(dict)
     for record in load(path):
-        if record["condition"] == condition:
+        if (record["condition"], record["lr"]) == (condition, rate):
             num_atoms, top_k = map(int, MIXING.fullmatch(record["arm"]).groups())
             found[record["rank"], num_atoms, top_k][record["seed"]] = record
     return dict(sorted(found.items()))
@@ -109,15 +117,16 @@ def plot(found: Mapping[Sizes, Runs], path: Path) -> Path:
     """Loss, with its interval over seeds, against parameters: a colour per top-k, a marker per M."""
     colors = {k: f"C{place}" for place, k in enumerate(sorted({k for _, _, k in found}))}
     markers = dict(zip(sorted({num_atoms for _, num_atoms, _ in found}), "os^Dvp*", strict=False))
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    beside = {k: 1.008 ** (place - (len(colors) - 1) / 2) for place, k in enumerate(colors)}  # k adds no parameters
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     points = [(mean(runs, "trainable"), geometric_mean(runs, "test")) for runs in found.values()]
     for ((_, num_atoms, k), runs), (parameters, loss) in zip(found.items(), points, strict=True):
-        axes.plot([parameters] * 2, interval(runs, "test"), color=colors[k], linewidth=0.6, alpha=0.5)
-        axes.plot(parameters, loss, markers[num_atoms], color=colors[k], markersize=5)
+        axes.plot([parameters * beside[k]] * 2, interval(runs, "test"), color=colors[k], linewidth=0.8, alpha=0.6)
+        axes.plot(parameters * beside[k], loss, markers[num_atoms], color=colors[k], markersize=5)
     axes.plot(*zip(*front(points), strict=True), "--", color="grey", linewidth=1, zorder=0)
     handles = [axes.plot([], [], "o", color=color, label=f"k = {k}")[0] for k, color in colors.items()]
     handles += [axes.plot([], [], mark, color="grey", label=f"M = {n}")[0] for n, mark in markers.items()]
-    axes.legend(handles=handles, fontsize=8)
+    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="held-out loss")
     return save(figure, path)
 

@@ -13,7 +13,7 @@ from scipy.stats import ttest_1samp
 import recipes.language.__main__ as recipe
 from peft_queryable import record_routing
 from recipes.common import report
-from recipes.language import sweep, tables
+from recipes.language import stages, sweep, tables
 from recipes.language.arguments import QUICK, QUICK_SETTING, Arguments, Setting
 from recipes.language.arms import SHOWN, find
 from recipes.language.base import new_base, pretrain
@@ -23,7 +23,7 @@ from recipes.language.routes import shuffled
 from recipes.language.runs import TEST, TRAIN, Job, Runs, finetune
 from recipes.language.skills import CONDITIONS, PLACES, PROMPT, SEPARATOR, SKILLS, TASKS, lines, task_lines, tasks_of
 from recipes.language.stacked import answer_loss
-from recipes.language.stages import told_by_usage
+from recipes.language.stages import LEAST, moved, plot_stages, separation, told_by_usage
 
 SETTING = replace(Setting(), **QUICK_SETTING)
 
@@ -152,6 +152,9 @@ def test_what_stages_do_to_routes(tmp_path):
         torch.tensor(record["usage"]).shape == usage.shape
         and "usage" not in finetune(SETTING, Job("sequence", 2, "static", 0.05), [0], bases(0), lambda: None)[0]
     )
+    assert all(
+        value == round(value, 4) for value in torch.tensor(record["usage"], dtype=torch.double).flatten().tolist()
+    )
     path = write(tmp_path / "runs.jsonl", [{"setting": {}, **record}])
     assert "moved by its own stage" in tables.report(path) and (tmp_path / "runs-r2-scale-1.svg").exists()
 
@@ -163,6 +166,44 @@ def test_the_columns_of_usages_by_hand():
     assert told_by_usage(torch.tensor([first, second])) == pytest.approx((0.5, 0.5, 0.0, 1.0))
     apart = [[[1.0, 0.0]], [[0.0, 1.0]]]
     assert told_by_usage(torch.tensor([first, apart])) == pytest.approx((1.0, 0.0, 1.0, 0.0))
+
+
+def test_the_matrices_of_usages_by_hand():
+    """Three tasks and two atoms: the second stage moves its own task, the third one half of that; tasks stay apart."""
+    first = [[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]]
+    second = [[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]]
+    third = [[[1.0, 0.0]], [[0.5, 0.5]], [[0.0, 1.0]]]
+    usage = torch.tensor([first, second, third])
+    assert moved(usage).tolist() == [[0.0, 1.0, 0.0], [0.0, 0.5, 0.0]]
+    assert told_by_usage(usage)[:2] == pytest.approx((0.5, 0.5 / 3))
+    half, whole = (0.5 - LEAST) * math.log(0.5 / LEAST) + 0.5 * math.log(2), 2 * (1 - LEAST) * math.log(1 / LEAST)
+    by_hand = [[0, half, whole], [half, 0, half], [whole, half, 0]]
+    torch.testing.assert_close(separation(usage), torch.tensor(by_hand, dtype=torch.double))
+
+
+def test_a_picture_of_stages_mixes_no_atoms_of_two_seeds(tmp_path, monkeypatch):
+    """Two seeds whose atoms have changed places: the tasks of both are apart, and so they are in the picture."""
+    one = torch.tensor([[[[0.75, 0.25, 0.0]], [[0.25, 0.75, 0.0]]]] * 2)  # [2 stages, 2 tasks, 1 block, 3 atoms]
+    found = {seed: {"usage": usage.tolist()} for seed, usage in ((1, one.flip(-1)), (0, one))}
+    figures = []
+    monkeypatch.setattr(stages, "save", lambda figure, path: figures.append(figure))
+    plot_stages(found, tmp_path / "runs.svg")
+    axes = {each.get_title(): each for each in figures[0].axes}
+    for stage in (0, 1):
+        assert axes[f"after stage {stage}"].images[0].get_array().tolist() == one[stage, :, 0].tolist()
+    assert axes["moved by the stage"].images[0].get_array().tolist() == [[0.0, 0.0]]
+    divergence = axes["symmetric KL at the end, nats"].images[0].get_array()
+    assert divergence[0, 1] == pytest.approx(math.log(3), rel=1e-6) == divergence[1, 0]
+    entropies = axes["entropy of an atom's use, bits"].collections[0].get_offsets()[:, 1]
+    assert entropies[:2].tolist() == pytest.approx([0.811278, 0.811278], rel=1e-5) and entropies.mask.tolist()[2]
+
+
+def test_records_from_before_usages_make_tables(tmp_path):
+    """A table of what is forgotten, without routes and their picture."""
+    old = record("scale-1", 0, 0.01, 1.0, 1.0) | {"condition": "sequence", "matrix": [[1.0, 2.0], [1.5, 1.0]]}
+    text = tables.report(write(tmp_path / "runs.jsonl", [old]))
+    assert "forgotten" in text and "0.50" in text and "moved" not in text
+    assert not (tmp_path / "runs-r8-scale-1.svg").exists()
 
 
 def test_the_base_learns():
@@ -294,7 +335,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert [(each["arm"], each["seed"]) for each in records] == [(f"M16-k{k}", s) for k in (2, 4) for s in (0, 1)]
     ours = find("M16-k2").ours
     assert ours == {"num_atoms": 16, "top_k": 2}
-    found = sweep.read(results, "instruction")
+    found = sweep.read(results, "instruction", 0.005)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in sweep.table(found).splitlines()[2:]]
     assert [row[:3] for row in rows] == [["8", "16", "2"], ["8", "16", "4"]]
     by_hand = str(ratio(found[8, 16, 2], found[8, 16, 4]))
@@ -307,7 +348,34 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     sweep.main(sweep.SweepArguments(**arguments, **sweep.QUICK))
     assert results.read_text() == written
     page = (tmp_path / "language-models.md").read_text()
-    assert "![quick-sweep](language-quick-sweep.svg)" in page and (tmp_path / "language-quick-sweep.svg").exists()
+    assert "#### Told to the adapter alone, rate 0.005" in page
+    assert "![quick-sweep-instruction](language-quick-sweep-instruction.svg)" in page
+    assert (tmp_path / "language-quick-sweep-instruction.svg").exists()
+
+
+def test_a_sweep_keeps_rates_apart_and_shows_runs_that_diverged(tmp_path):
+    """A second rate in the same file is not mixed in, nor another condition; an infinite loss ends nothing."""
+    told = {"mi_task": 1.0, "entropy": 0.5, "dead": 2.0}
+    records = [
+        record(f"M16-k{k}", seed, lr, 1.0, loss) | told | {"condition": condition}
+        for condition, k, lr, loss in (
+            ("instruction", 4, 0.005, 1.0),
+            ("instruction", 2, 0.005, 0.5),
+            ("instruction", 1, 0.005, math.inf),
+            ("instruction", 2, 0.01, 9.0),
+            ("token", 2, 0.005, 9.0),
+        )
+        for seed in (0, 1)
+    ]
+    found = sweep.read(write(tmp_path / "sweep.jsonl", records), "instruction", 0.005)
+    assert {sizes: [run["test"] for run in runs.values()] for sizes, runs in found.items()} == {
+        (8, 16, 1): [math.inf] * 2,
+        (8, 16, 2): [0.5] * 2,
+        (8, 16, 4): [1.0] * 2,
+    }
+    shown = [line.split("|")[5].strip() for line in sweep.table(found).splitlines()[2:]]
+    assert shown == ["inf", "0.500", "1.000"]
+    assert sweep.plot(found, tmp_path / "sweep.svg").read_text().endswith("</svg>\n")
 
 
 def test_the_front_of_a_sweep():
