@@ -37,9 +37,7 @@ from recipes.language.tables import unbroken
 
 DEFAULT = 8, 16, 4  # the paper's r, M and k on language models
 QUICK = {"ranks": [8], "atoms": [16], "top_k": [2, 4], "seeds": 2}
-TELLINGS = [
-    condition for condition in CONDITIONS if len(stages_of(condition)) == 1
-]  # with more, records say less of routes
+TELLINGS = [condition for condition in CONDITIONS if len(stages_of(condition)) == 1]  # else records lack routes
 Sizes = tuple[int, int, int]  # r, M, k
 
 
