@@ -1,5 +1,6 @@
 """Markdown tables, and the marked places of the docs pages that show them."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns line up in plain text, too. Each cell stays as it is written."""
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+def spread(numbers: Sequence[float], form: str) -> str:
+    """The mean; of several numbers, with the lowest and the highest; nothing of none."""
+    if not numbers:
+        return ""
+    text = format(statistics.mean(numbers), form)
+    return f"{text} ({min(numbers):{form}} to {max(numbers):{form}})" if len(numbers) > 1 else text
 
 
 def fill_place(page: str, place: str, text: str, figures: Mapping[str, Path]) -> None:

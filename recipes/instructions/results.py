@@ -18,7 +18,7 @@ import torch
 from peft_queryable.metrics import drift
 from peft_queryable.plots import plot_usage
 from recipes.common.figures import save
-from recipes.common.report import fill_place, markdown_table
+from recipes.common.report import fill_place, markdown_table, spread
 
 NAMES = {
     "right": "right",
@@ -55,12 +55,6 @@ def table(runs: Sequence[Run]) -> str:
 
 def over_tasks(results: Mapping[str, dict], name: str) -> float:
     return statistics.mean(result[name] for result in results.values())
-
-
-def spread(numbers: Sequence[float], form: str) -> str:
-    """The mean; of several numbers, with the lowest and the highest."""
-    text = format(statistics.mean(numbers), form)
-    return f"{text} ({min(numbers):{form}} to {max(numbers):{form}})" if len(numbers) > 1 else text
 
 
 def moved(routes: list, others: list) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.common.report import markdown_table
+from recipes.common.report import markdown_table, spread
 
 LABELS = {
     "routed": "routed",
@@ -37,13 +37,5 @@ def table(records: list[dict]) -> str:
     for name, label in LABELS.items():
         if by_seed := found.get(name):
             more = [loss - routed[seed] for seed, loss in by_seed.items() if seed in routed]
-            rows.append([label, spread(list(by_seed.values()), ""), spread(more, "+"), str(len(by_seed))])
+            rows.append([label, spread(list(by_seed.values()), ".3f"), spread(more, "+.3f"), str(len(by_seed))])
     return markdown_table(["", "held-out loss", "more than routed", "seeds"], rows)
-
-
-def spread(numbers: list[float], sign: str) -> str:
-    """The mean; of several numbers, with the lowest and the highest."""
-    if not numbers:
-        return ""
-    mean, low, high = (f"{number:{sign}.3f}" for number in (statistics.mean(numbers), min(numbers), max(numbers)))
-    return f"{mean} ({low} to {high})" if len(numbers) > 1 else mean

@@ -38,7 +38,7 @@ def load_data(script_args, test_args):
     if script_args.doc_to_text is None:
         return train, test
     form = Form(script_args.doc_to_text, script_args.doc_to_target)
-    return tuple(data.map(form, remove_columns=list(next(iter(data)))) for data in (train, test))
+    return tuple(data.map(form, remove_columns=data.column_names or list(next(iter(data)))) for data in (train, test))
 
 
 def read_rows(path: str) -> Dataset:

@@ -97,6 +97,10 @@ def test_kernels_count_operators_and_bytes():
         (x @ x.T).add_(x)
     assert kernels.calls == {"aten::mm": 1, "aten::add_": 1}
     assert kernels.bytes == 6 * 16 * 4
+    rows = torch.ones(2, 2, 4)
+    with Kernels() as kernels:
+        rows @ x  # reshaped by an operator that torch does not call a view
+    assert kernels.calls == {"aten::mm": 1}
 
 
 def test_a_decoding_step_launches_no_more_than_loras():
