@@ -11,7 +11,7 @@ python -m recipes.language.smollm2
 python -m recipes.language.smollm2 --mixtures numbers --tellings prompt --arms lora scale-1 --rates 0.001 --seeds 1
 
 # Another model, on a GPU
-python -m recipes.language.smollm2 --model Qwen/Qwen2.5-0.5B-Instruct --processes 1
+python -m recipes.language.smollm2 --model Qwen/Qwen2.5-0.5B-Instruct --bf16 --processes 1
 
 Every finished run is a line of OUTPUT/smollm2.jsonl, and an interrupted command goes on after the last one.
 """
@@ -66,6 +66,10 @@ class Arguments:
     )
     steps: int = field(default=150, metadata={"help": "Steps of a fine-tuning."})
     batch: int = field(default=16, metadata={"help": "Examples of a step."})
+    bf16: bool = field(
+        default=False,
+        metadata={"help": "Train and measure in mixed precision. Many CPUs have no fast bfloat16."},
+    )
     validation: int = field(default=16, metadata={"help": "Held-out items to choose by, in eight languages each."})
     test: int = field(default=64, metadata={"help": "Held-out items to show, in eight languages each."})
     processes: int = field(
@@ -78,7 +82,7 @@ def main(args: Arguments) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     first = FIRST_CHOOSING_SEED if args.choosing else 0
     model = args.model or str(smollm2_folder())
-    setting = RealSetting(model, args.encoder, args.steps, args.batch, args.validation, args.test)
+    setting = RealSetting(model, args.encoder, args.steps, args.batch, args.validation, args.test, args.bf16)
     done = finished(results, asdict(setting))
     conditions = [f"{mixture}-{telling}" for mixture, telling in product(args.mixtures, args.tellings)]
     seeds = range(first, first + args.seeds)

@@ -35,6 +35,7 @@ class RealSetting:
     batch: int
     validation: int  # items, each in eight languages
     test: int
+    bf16: bool  # mixed precision, else float32
 
 
 def finetune(setting: RealSetting, run: Run, steps: Queue) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def training_arguments(setting: RealSetting, run: Run) -> SFTConfig:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,  # the workers' bar has the steps of all runs
+        bf16=setting.bf16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
