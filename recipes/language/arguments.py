@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from recipes.language.arms import ARMS, SHOWN
+from recipes.language.arms import SHOWN, STACKED
 from recipes.language.skills import CONDITIONS
 
 FIRST_CHOOSING_SEED = 100  # seeds from here on chose the library's defaults, and no table shows them
@@ -45,7 +45,7 @@ class Arguments(JobArguments):
         metadata={"help": "How the task is told, in the order of the runs.", "choices": list(CONDITIONS)},
     )
     arms: list[str] = field(
-        default_factory=lambda: list(SHOWN), metadata={"help": "What to compare.", "choices": list(ARMS)}
+        default_factory=lambda: list(SHOWN), metadata={"help": "What to compare.", "choices": list(STACKED)}
     )
     ranks: list[int] = field(default_factory=lambda: [8, 2], metadata={"help": "Ranks r."})
     rates: list[float] = field(

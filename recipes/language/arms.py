@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LilyConfig, LoraConfig, PeftConfig, PeftModel, PolyConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_queryable import QueryableLoraConfig, Routes, fix_routes
-from recipes.language.skills import INSTRUCTIONS, PROMPT
+from recipes.language.skills import INSTRUCTIONS, PROMPT, TASKS
 
 
 @dataclass(frozen=True)
@@ -21,48 +21,63 @@ class Arm:
     Args:
         label: its name in tables.
         factor: its rank, as a multiple of the comparison's.
-        lora: fields of `LoraConfig`; None if it is ours.
-        ours: fields of `QueryableLoraConfig`.
+        method: what makes its adapter.
+        fields: of `method`.
         is_told: whether its routes are given: one atom per task.
         is_each: whether each task has an adapter of its own.
     """
 
     label: str
     factor: int = 1
-    lora: Mapping[str, Any] | None = None
-    ours: Mapping[str, Any] = field(default_factory=dict)
+    method: type[PeftConfig] = QueryableLoraConfig
+    fields: Mapping[str, Any] = field(default_factory=dict)
     is_told: bool = False
     is_each: bool = False
 
     @property
+    def is_ours(self) -> bool:
+        return self.method is QueryableLoraConfig
+
+    @property
     def is_routed(self) -> bool:
         """Whether its routes depend on the input."""
-        return self.lora is None and not self.is_told and self.ours.get("query_terms") != ()
+        return self.is_ours and not self.is_told and self.fields.get("query_terms") != ()
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether its calls are told the number of each example's task."""
+        return self.method is PolyConfig
 
 
+SHARED = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+SCALING = 2.0  # alpha / r
+SMALL_KEYS = {"init_router_scale": 0.3}
 ARMS = {
-    "lora": Arm("LoRA", lora={}),
-    "lora-2r": Arm("LoRA, twice the rank", 2, lora={}),
-    "lora-4r": Arm("LoRA, four times the rank", 4, lora={}),
-    "dora": Arm("DoRA", lora={"use_dora": True}),
-    "lora-each": Arm("one LoRA per task", lora={}, is_each=True),
-    "static": Arm("ours, static", ours={"query_terms": ()}),
-    "scale-1": Arm("ours, keys at 1", ours={"init_router_scale": 1.0}),
-    "scale-0.3": Arm("ours, keys at 0.3", ours={"init_router_scale": 0.3}),
-    "prompt": Arm("ours, scope `prompt`", ours={"routing_scope": "prompt"}),
+    "lora": Arm("LoRA", method=LoraConfig),
+    "lora-2r": Arm("LoRA, twice the rank", 2, LoraConfig),
+    "lora-4r": Arm("LoRA, four times the rank", 4, LoraConfig),
+    "dora": Arm("DoRA", method=LoraConfig, fields={"use_dora": True}),
+    "lora-each": Arm("one LoRA per task", method=LoraConfig, is_each=True),
+    # A for every three layers and ten B for all: of 30 layers, as many parameters as LoRA has
+    "lily": Arm("Lily", 3, LilyConfig, {"stride_A": 3, "num_B": 10, "scaling": SCALING}),
+    "poly": Arm("Poly, given the task", method=PolyConfig, fields={"n_tasks": len(TASKS), "n_skills": 4}),
+    "static": Arm("ours, static", fields={"query_terms": ()}),
+    "scale-1": Arm("ours, keys at 1", fields={"init_router_scale": 1.0}),
+    "scale-0.3": Arm("ours, keys at 0.3", fields=SMALL_KEYS),
+    "prompt": Arm("ours, scope `prompt`", fields={"routing_scope": "prompt"}),
     "oracle": Arm("ours, one atom per task", is_told=True),
     # Variants, to choose defaults by
-    "scale-0.1": Arm("ours, keys at 0.1", ours={"init_router_scale": 0.1}),
-    "temperature-0.3": Arm("keys at 0.3, T_attn 0.3", ours={"init_router_scale": 0.3, "attention_temperature": 0.3}),
-    "atoms-0.3": Arm("keys at 0.3, atoms at 0.3", ours={"init_router_scale": 0.3, "init_atom_scale": 0.3}),
-    "atoms-3": Arm("keys at 0.3, atoms at 3", ours={"init_router_scale": 0.3, "init_atom_scale": 3.0}),
-    "gate-0.9": Arm("keys at 0.3, gates at 0.9", ours={"init_router_scale": 0.3, "init_gate": 0.9}),
-    "all-atoms": Arm("keys at 0.3, all atoms mixed", ours={"init_router_scale": 0.3, "top_k": None}),
-    "64-atoms": Arm("keys at 0.3, 64 atoms", ours={"init_router_scale": 0.3, "num_atoms": 64}),
+    "scale-0.1": Arm("ours, keys at 0.1", fields={"init_router_scale": 0.1}),
+    "temperature-0.3": Arm("keys at 0.3, T_attn 0.3", fields=SMALL_KEYS | {"attention_temperature": 0.3}),
+    "atoms-0.3": Arm("keys at 0.3, atoms at 0.3", fields=SMALL_KEYS | {"init_atom_scale": 0.3}),
+    "atoms-3": Arm("keys at 0.3, atoms at 3", fields=SMALL_KEYS | {"init_atom_scale": 3.0}),
+    "gate-0.9": Arm("keys at 0.3, gates at 0.9", fields=SMALL_KEYS | {"init_gate": 0.9}),
+    "all-atoms": Arm("keys at 0.3, all atoms mixed", fields=SMALL_KEYS | {"top_k": None}),
+    "64-atoms": Arm("keys at 0.3, 64 atoms", fields=SMALL_KEYS | {"num_atoms": 64}),
 }
 MIXING = re.compile(r"M(\d+)-k(\d+)")  # names of arms of a sweep
-SHOWN = tuple(ARMS)[: tuple(ARMS).index("oracle") + 1]
-SCALING = 2.0  # alpha / r of all arms
+STACKED = tuple(name for name, arm in ARMS.items() if arm.method in (LoraConfig, QueryableLoraConfig))
+SHOWN = STACKED[: STACKED.index("oracle") + 1]
 
 
 def find(name: str) -> Arm:
@@ -70,7 +85,7 @@ def find(name: str) -> Arm:
     if name in ARMS:
         return ARMS[name]
     num_atoms, top_k = map(int, MIXING.fullmatch(name).groups())
-    return Arm(f"ours, M = {num_atoms}, k = {top_k}", ours={"num_atoms": num_atoms, "top_k": top_k})
+    return Arm(f"ours, M = {num_atoms}, k = {top_k}", fields={"num_atoms": num_atoms, "top_k": top_k})
 
 
 def attach(arm: Arm, base: nn.Module, rank: int, condition: str) -> PeftModel:
@@ -79,13 +94,11 @@ def attach(arm: Arm, base: nn.Module, rank: int, condition: str) -> PeftModel:
     return get_peft_model(base, adapter_config(arm, rank, **told))
 
 
-def adapter_config(arm: Arm, rank: int, **instruction: Any) -> LoraConfig | QueryableLoraConfig:
+def adapter_config(arm: Arm, rank: int, **instruction: Any) -> PeftConfig:
     """What makes the arm's adapter; `instruction` has the instruction's fields, if the arm takes one."""
     rank *= arm.factor
-    shared = {"r": rank, "lora_alpha": SCALING * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    if arm.lora is not None:
-        return LoraConfig(**shared, **arm.lora)
-    return QueryableLoraConfig(**shared, **instruction, **arm.ours)
+    scaled = {"lora_alpha": SCALING * rank} if hasattr(arm.method, "lora_alpha") else {}
+    return arm.method(r=rank, **SHARED, **scaled, **arm.fields, **instruction)
 
 
 def takes_instruction(arm: Arm, condition: str) -> bool:
@@ -97,7 +110,7 @@ def inputs(arm: Arm, condition: str, tasks: Tensor) -> dict[str, Tensor]:
     given = {}
     if takes_instruction(arm, condition):
         given["instruction_embeds"] = INSTRUCTIONS[tasks]
-    if arm.ours.get("routing_scope") == "prompt":
+    if arm.fields.get("routing_scope") == "prompt":
         positions = torch.arange(2 * PROMPT - 2)
         given["prompt_mask"] = (positions <= PROMPT).expand(len(tasks), -1)
     return given

@@ -80,7 +80,7 @@ def plot(found: Mapping[tuple[str, int], Mapping[str, Best]], rank: int, path: P
         axes.axvline(1, color="grey", linewidth=0.8)
         for place, arm in enumerate(names):
             if arm in arms and (found_ratio := ratio(arms[arm].runs, arms["lora"].runs)):
-                color = "C0" if ARMS[arm].lora is not None else "C1"
+                color = "C0" if not ARMS[arm].is_ours else "C1"
                 axes.plot(found_ratio[1:3], [place, place], color=color)
                 axes.plot(found_ratio[0], place, "o", color=color)
         axes.set(title=TITLES[condition], xscale="log", xlabel="loss / LoRA")

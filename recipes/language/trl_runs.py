@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,20 +44,22 @@ def finetune(setting: RealSetting, run: Run, steps: Queue) -> dict[str, Any]:
     train, validation, test = mixture_data(mixture, telling, setting.validation, setting.test)
     arm = ARMS[run.arm]
     is_told = telling == "instruction" and arm.is_routed
-    dropped = ["task"] if is_told else ["task", "instruction"]
+    kept = ["prompt", "completion", *["instruction"] * is_told, *["task"] * arm.takes_tasks]
     told = {"instruction_encoder": setting.encoder or str(minilm_folder())} if is_told else {}
     with TemporaryDirectory() as folder:
         trainer = make_trainer(
             Path(folder),
             adapter_config(arm, run.rank, **told),
-            train.remove_columns(dropped),
+            train.select_columns(kept),
             training_arguments(setting, run),
             ModelConfig(model_name_or_path=setting.model, dtype="float32"),
-            eval_dataset={"validation": validation.remove_columns(dropped), "test": test.remove_columns(dropped)},
+            eval_dataset={"validation": validation.select_columns(kept), "test": test.select_columns(kept)},
         )
         model = trainer.model
         if is_told:
             use_instruction_column(trainer)
+        if arm.takes_tasks:
+            trainer.data_collator = WithTasks(trainer.data_collator)
         trainer.add_callback(StepCounter(steps))
         start = time.perf_counter()
         trainer.train()
@@ -91,9 +93,20 @@ def training_arguments(setting: RealSetting, run: Run) -> SFTConfig:
         report_to="none",
         disable_tqdm=True,  # the workers' bar has the steps of all runs
         bf16=setting.bf16,
+        gradient_checkpointing=False,  # PEFT's Poly forgets its tasks when a block is computed again
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+class WithTasks:
+    """A collator that keeps the column `task`, as the `task_ids` [B] that PEFT's Poly takes."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return self.collator(examples) | {"task_ids": torch.tensor([example["task"] for example in examples])}
 
 
 class StepCounter(TrainerCallback):

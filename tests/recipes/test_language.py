@@ -333,7 +333,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert stdout == results.with_suffix(".md").read_text()
     records = [json.loads(line) for line in written.splitlines()]
     assert [(each["arm"], each["seed"]) for each in records] == [(f"M16-k{k}", s) for k in (2, 4) for s in (0, 1)]
-    ours = find("M16-k2").ours
+    ours = find("M16-k2").fields
     assert ours == {"num_atoms": 16, "top_k": 2}
     found = sweep.read(results, "instruction", 0.005)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in sweep.table(found).splitlines()[2:]]

@@ -5,11 +5,15 @@ import math
 
 import pytest
 import torch
+from helpers.models import llama
 from helpers.recipes import run, save_model
+from peft import get_peft_model
 from torch.nn import functional as F
 
+from recipes.language.arms import ARMS, adapter_config
 from recipes.language.mixtures import LANGUAGES, MIXTURES, TELLINGS, mixture_data, split
 from recipes.language.routes import told_by
+from recipes.language.trl_runs import WithTasks
 
 SETTING = ["--steps", 3, "--batch", 4, "--validation", 1, "--test", 2, "--seeds", 1, "--rates", 0.01, "--processes", 1]
 
@@ -71,6 +75,24 @@ def test_the_command_measures_and_goes_on(tmp_path):
     assert (lora["arm"], ours["arm"]) == ("lora", "scale-1") and lora["condition"] == "numbers-instruction"
     assert 0 < lora["test"] < 20 and 0 < ours["shuffled"] < 20 and ours["mi_task"] >= 0
     assert "mi_task" not in lora and all(math.isfinite(record["validation"]) for record in (lora, ours))
-    run(*command, *part, "lora", "scale-1", "static")
+    run(*command, *part, "lora", "scale-1", "dora", "lily", "poly", "static")
     again = path.read_text()
-    assert again.startswith(written) and len(again.splitlines()) == 3
+    assert again.startswith(written) and len(again.splitlines()) == 6
+    added = {record["arm"]: record["test"] for record in map(json.loads, again.splitlines()[2:])}
+    assert set(added) == {"dora", "lily", "poly", "static"} and all(0 < loss < 20 for loss in added.values())
+    assert len({lora["test"], *added.values()}) == 5
+
+
+def test_poly_is_given_each_examples_task():
+    collator = WithTasks(lambda examples: {"input_ids": torch.tensor([each["input_ids"] for each in examples])})
+    batch = collator([{"input_ids": [3, 1], "task": 5}, {"input_ids": [2, 2], "task": 0}])
+    assert batch["input_ids"].tolist() == [[3, 1], [2, 2]] and batch["task_ids"].tolist() == [5, 0]
+
+
+def test_lily_has_as_many_parameters_as_lora():
+    """On as many layers as SmolLM2-135M has, but for the routers of Lily."""
+    counts = {}
+    for name in ("lora", "lily"):
+        model = get_peft_model(llama(num_hidden_layers=30), adapter_config(ARMS[name], 8))
+        counts[name] = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "router" not in n)
+    assert counts["lora"] == counts["lily"]
