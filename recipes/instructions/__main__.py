@@ -13,6 +13,10 @@ python -m recipes.instructions --instruction_encoder sentence-transformers/all-M
 # The instruction in the prompt as well, where every model can read it
 python -m recipes.instructions --instruction_in_prompt
 
+# Routes that see the instruction alone, or the state alone: rows of the paper's Table 8
+python -m recipes.instructions --queryable_query_terms instruction
+python -m recipes.instructions --queryable_query_terms state depth --instruction_encoder none
+
 # A larger model, on a GPU
 python -m recipes.instructions --config recipes/instructions/gpu.yaml
 
@@ -21,6 +25,7 @@ What differs from recipes/sft: `instruction_encoder` in the configuration, `use_
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +33,7 @@ import numpy as np
 from trl import ModelConfig, SFTConfig
 
 from peft_queryable import record_routing, use_instruction_column, use_instructions
+from peft_queryable.config import QUERY_TERMS
 from recipes.common.arguments import DEFAULTS, QueryableArguments, adapter_configs, like, parse_recipe
 from recipes.common.evaluate import ScoreArguments, load, score
 from recipes.common.finetune import finetune, make_trainer
@@ -47,13 +53,23 @@ class DataArguments:
 
 @dataclass
 class InstructedArguments(QueryableArguments):
-    instruction_encoder: str = field(
+    instruction_encoder: str | None = field(
         default="backbone",
-        metadata={"help": "'backbone', 'backbone-centred', or a sentence-transformers model by its Hub id or folder."},
+        metadata={
+            "help": "'backbone', 'backbone-centred', or a sentence-transformers model by its Hub id or folder; "
+            "'none' for an adapter that is told nothing."
+        },
+    )
+    queryable_query_terms: list[str] = field(
+        default_factory=lambda: list(QUERY_TERMS), metadata={"help": "What routes depend on.", "choices": QUERY_TERMS}
     )
     queryable_instruction_strength: float = like("instruction_strength")
     queryable_instruction_query_weight: float = like("instruction_query_weight")
     queryable_language_temperature: float = like("language_temperature")
+
+    def __post_init__(self):
+        if self.instruction_encoder == "none":
+            self.instruction_encoder = None
 
 
 OWN_DEFAULTS = DEFAULTS | {
@@ -77,20 +93,24 @@ def main(data_args, score_args, queryable_args, model_args, training_args):
 
         config = adapter_configs(model_args, queryable_args)["queryable"]
         trainer = make_trainer(output, config, train, training_args, model_args)
-        encoder = trainer.model.base_model.instruction_encoder("default")
-        use_instruction_column(trainer)
+        is_told = queryable_args.instruction_encoder is not None
+        if is_told:
+            use_instruction_column(trainer)
         if "training" not in progress.results:
             progress.add("training", finetune(trainer, checkpoint))
 
         tests = {task: test.filter(lambda row, task=task: row["task"] == task) for task in TASKS}
         model, tokenizer = load(output, model_args)
+        encoder = trainer.model.base_model.instruction_encoder("default") if is_told else None
+        kinds = instructions_by_kind(encoder) if is_told else {"none": {task: [None] for task in TASKS}}
         held_out = {
             kind: {task: measure(model, tokenizer, tests[task], given, score_args) for task, given in by_task.items()}
-            for kind, by_task in instructions_by_kind(encoder).items()
+            for kind, by_task in kinds.items()
         }
         (output / "results.json").write_text(json.dumps(progress.results | {"held_out": held_out}, indent=2))
         (output / "results.md").write_text(table([held_out]) + "\n")
-        plot_routes(held_out, output / "routes.svg")
+        if is_told:
+            plot_routes(held_out, output / "routes.svg")
         print(table([held_out]))
 
 
@@ -105,8 +125,9 @@ def measure(model, tokenizer, examples, given: list, score_args) -> dict:
 
 
 def score_under(model, tokenizer, examples, instruction, score_args) -> dict:
-    """Loss, exact match, and mean routes [blocks, atoms] of `examples` under one text or embedding."""
-    with use_instructions(model, instruction), record_routing(model) as trace:
+    """Loss, exact match and mean routes [blocks, atoms] of `examples` under one text or embedding, or under none."""
+    told = nullcontext() if instruction is None else use_instructions(model, instruction)
+    with told, record_routing(model) as trace:
         numbers = score(model, tokenizer, examples, score_args)
     return numbers | {"routes": [weights.mean(0).tolist() for weights in trace.weights().values()]}
 

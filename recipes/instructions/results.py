@@ -37,10 +37,11 @@ def table(runs: Sequence[Run]) -> str:
 
     Of several runs, the loss and the exact match come with the lowest and the highest of them.
     """
-    tasks, rows = list(runs[0]["right"]), []
+    first, *_ = runs[0]  # "right", or "none" where an adapter is told nothing
+    tasks, rows = list(runs[0][first]), []
     for kind in runs[0]:
         by_task = {task: statistics.mean(run[kind][task]["exact_match"] for run in runs) for task in tasks}
-        moves = [moved(run[kind][task]["routes"], run["right"][task]["routes"]) for run in runs for task in tasks]
+        moves = [moved(run[kind][task]["routes"], run[first][task]["routes"]) for run in runs for task in tasks]
         rows.append(
             [
                 NAMES[kind],

@@ -87,6 +87,23 @@ def test_answers_are_those_of_the_instruction():
 
 
 @needs_reasoning_gym
+@pytest.mark.parametrize(
+    ("terms", "encoder", "kinds"), [(["instruction"], "backbone", 7), (["state", "depth"], "none", 1)]
+)
+def test_rows_of_table_8(model_folder, tmp_path, terms, encoder, kinds):
+    """Routes that see the instruction alone, and those of an adapter that is told nothing."""
+    names = ["--model_name_or_path", model_folder, "--output_dir", tmp_path, "--report_to", "none"]
+    settings = ["--train_size", 40, "--test_size", 20, "--max_steps", 2, "--max_new_tokens", 2]
+    choice = ["--queryable_query_terms", *terms, "--instruction_encoder", encoder]
+    stdout = run("recipes.instructions", *names, *settings, *choice)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["query_terms"] == terms and config["instruction_encoder"] == (None if encoder == "none" else encoder)
+    held_out = json.loads((tmp_path / "results.json").read_text())["held_out"]
+    assert len(held_out) == kinds and (tmp_path / "results.md").read_text() in stdout
+    assert ("none" in held_out) and ("right" in held_out) == (kinds > 1)
+
+
+@needs_reasoning_gym
 def test_the_table_of_several_runs(instructed, tmp_path):
     """Runs of several seeds make one table, with the lowest and the highest of them."""
     output, _, held_out = instructed
