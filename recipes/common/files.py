@@ -1,6 +1,7 @@
 """Training and held-out examples in files of JSON lines, in TRL's prompt/completion or messages form."""
 
 import json
+from collections.abc import Callable
 
 from datasets import Dataset, load_dataset
 
@@ -8,31 +9,49 @@ FORMS = (("prompt", "completion"), ("messages",))
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_SEED = 0.1, 500, 0
 
 
-def read_lines(path: str) -> Dataset:
-    """The examples in the file, after a look at each line: `load_dataset` does not say which one it cannot read."""
+def form_of(example: object) -> tuple[str, ...]:
+    """Which of `FORMS` an example has."""
+    for form in FORMS:
+        if isinstance(example, dict) and all(example.get(name) for name in form):
+            return form
+    keys = list(example) if isinstance(example, dict) else type(example).__name__
+    raise ValueError(f"needs `prompt` and `completion`, or `messages`, got {keys}.")
+
+
+def columns_of(row: object) -> tuple[str, ...]:
+    """The columns of a row for templates."""
+    if not isinstance(row, dict):
+        raise ValueError(f"needs columns and their values, got {type(row).__name__}.")
+    return tuple(sorted(row))
+
+
+def read_lines(path: str, kind_of: Callable[[object], tuple[str, ...]] = form_of) -> Dataset:
+    """The examples in the file, after a look at each line: `load_dataset` does not say which one it cannot read.
+
+    Args:
+        path: a file of JSON lines.
+        kind_of: what must be the same for all lines.
+    """
     first = None
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                form = form_of(line, f"{path}, line {number}")
-                first = first or form
-                if form != first:
-                    raise SystemExit(f"{path}, line {number}: has {' and '.join(form)}, unlike the lines before.")
+                kind = read_line(line, f"{path}, line {number}", kind_of)
+                first = first or kind
+                if kind != first:
+                    raise SystemExit(f"{path}, line {number}: has {' and '.join(kind)}, unlike the lines before.")
     if first is None:
         raise SystemExit(f"{path} has no examples.")
     return load_dataset("json", data_files=str(path), split="train")
 
 
-def form_of(line: str, place: str) -> tuple[str, ...]:
+def read_line(line: str, place: str, kind_of: Callable[[object], tuple[str, ...]]) -> tuple[str, ...]:
     try:
-        example = json.loads(line)
+        return kind_of(json.loads(line))
     except json.JSONDecodeError as error:
         raise SystemExit(f"{place}, column {error.colno}: not JSON ({error.msg}): {line.strip()[:80]}") from None
-    keys = list(example) if isinstance(example, dict) else type(example).__name__
-    for form in FORMS:
-        if isinstance(example, dict) and all(example.get(name) for name in form):
-            return form
-    raise SystemExit(f"{place}: needs `prompt` and `completion`, or `messages`, got {keys}.")
+    except ValueError as error:
+        raise SystemExit(f"{place}: {error}") from None
 
 
 def hold_out(examples: Dataset) -> tuple[Dataset, Dataset]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import recipes.instructions.__main__ as instructions
 import recipes.sft.__main__ as sft
-from recipes.common.files import hold_out, read_lines
+from recipes.common.files import columns_of, hold_out, read_lines
 from recipes.common.finetune import StepTimer
 
 EXAMPLE = {"prompt": "a", "completion": "b"}
@@ -94,6 +94,21 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     file.write_text("\n".join([json.dumps(EXAMPLE), "", line]))
     with pytest.raises(SystemExit) as end:
         read_lines(str(file))
+    assert f"{file}, {message}" in str(end.value)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"question": "a", "answer": }', "line 3, column 29: not JSON (Expecting value)"),
+        ('["a"]', "line 3: needs columns and their values, got list"),
+    ],
+)
+def test_a_bad_row_for_templates_is_named(tmp_path, line, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text("\n".join([json.dumps({"question": "a", "answer": "b"}), "", line]))
+    with pytest.raises(SystemExit) as end:
+        read_lines(str(file), columns_of)
     assert f"{file}, {message}" in str(end.value)
 
 

@@ -160,6 +160,21 @@ def test_what_is_compared_is_the_final_answer(name, answers):
     assert [answer(completion, pattern) for _, _, completion in ROWS[name]] == answers
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"$\boxed{3}$, as $\sqrt{9} = 3$", "3"),
+        (r"\boxed{1} or \boxed{\left(\frac{3}{2}, x^{2^{3}}\right)}.", r"\left(\frac{3}{2}, x^{2^{3}}\right)"),
+        (r"$\fbox{4}$", "4"),
+        (r"$\boxed 5$.", "5"),
+        ("no answer", None),
+    ],
+)
+def test_marks_of_math_answers(text, expected):
+    """As the data set has them: with braces in braces, with more after them, and without any."""
+    assert answer(text, yaml.safe_load(FILES["math"].read_text())["answer_pattern"]) == expected
+
+
 def test_a_row_without_a_label_is_refused():
     """The Hub's test split of HellaSwag has empty labels."""
     settings = yaml.safe_load(FILES["hellaswag"].read_text())
@@ -205,6 +220,8 @@ def test_templates_that_do_not_fit():
         Form("{{ question }}", "{{ answr }}")({"question": "2 + 2?", "answer": "4"})
     with pytest.raises(SystemExit, match="The completion of a row is empty"):
         Form("{{ question }}", "{{ answer }}")({"question": "2 + 2?", "answer": " "})
+    with pytest.raises(SystemExit, match=r"A value is null. A row has question, answer; .* \{\{ answer \}\}"):
+        Form("{{ question }}", "{{ answer }}")({"question": "2 + 2?", "answer": None})
     with pytest.raises(SystemExit, match="A template is no Jinja"):
         Form("{{ question }", "{{ answer }}")
 
