@@ -16,6 +16,7 @@ import argparse
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 
 from recipes.common.figures import plt, save
 from recipes.common.report import fill_place, markdown_table
@@ -83,9 +84,10 @@ def plot(found: Mapping[tuple[str, int], Mapping[str, Best]], rank: int, path: P
                 color = "C0" if not ARMS[arm].is_ours else "C1"
                 axes.plot(found_ratio[1:3], [place, place], color=color)
                 axes.plot(found_ratio[0], place, "o", color=color)
-        axes.set(title=TITLES[condition], xscale="log", xlabel="loss / LoRA")
+        axes.set(title=fill(TITLES[condition], 24), xscale="log", xlabel="loss / LoRA")
         axes.title.set_fontsize(8)
-        axes.set_xticks(ticks := [0.25, 0.5, 1, 2], [f"{tick:g}" for tick in ticks], minor=False)
+        axes.set_xlim(1 / 12, 12)  # the interval of a few runs, some near zero, would leave no room for the others
+        axes.set_xticks(ticks := [0.25, 1, 4], [f"{tick:g}" for tick in ticks], minor=False)
         axes.minorticks_off()
     grid[0, 0].set_yticks(range(len(names)), [ARMS[arm].label for arm in names])
     grid[0, 0].invert_yaxis()
