@@ -4,9 +4,12 @@ pip install num2words==0.5.14 babel==2.18.0
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 
 LANGUAGES = {  # by code
     "de": "German",
@@ -72,3 +75,13 @@ def examples(said: dict[str, dict[str, str]], names: Sequence[str], shown: Seque
                 "instruction": f"Say it in {language}.",
                 "task": task,
             }
+
+
+class WithTasks:
+    """A collator that keeps the column `task`, as the `task_ids` [B] that PEFT's Poly takes."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return self.collator(examples) | {"task_ids": torch.tensor([example["task"] for example in examples])}

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from peft_queryable import record_routing, use_instruction_column
 from recipes.common.finetune import make_trainer
 from recipes.common.minilm import minilm_folder
 from recipes.language.arms import ARMS, adapter_config
-from recipes.language.mixtures import mixture_data
+from recipes.language.mixtures import WithTasks, mixture_data
 from recipes.language.records import Run
 from recipes.language.routes import shuffled, told_by
 
@@ -97,16 +97,6 @@ def training_arguments(setting: RealSetting, run: Run) -> SFTConfig:
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-class WithTasks:
-    """A collator that keeps the column `task`, as the `task_ids` [B] that PEFT's Poly takes."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return self.collator(examples) | {"task_ids": torch.tensor([example["task"] for example in examples])}
 
 
 class StepCounter(TrainerCallback):

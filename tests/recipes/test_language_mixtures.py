@@ -11,9 +11,8 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from recipes.language.arms import ARMS, adapter_config
-from recipes.language.mixtures import LANGUAGES, MIXTURES, TELLINGS, mixture_data, split
+from recipes.language.mixtures import LANGUAGES, MIXTURES, TELLINGS, WithTasks, mixture_data, split
 from recipes.language.routes import told_by
-from recipes.language.trl_runs import WithTasks
 
 SETTING = ["--steps", 3, "--batch", 4, "--validation", 1, "--test", 2, "--seeds", 1, "--rates", 0.01, "--processes", 1]
 
