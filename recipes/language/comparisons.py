@@ -26,6 +26,8 @@ TITLES = {  # of comparisons, in the order of the tables
     "territories-prompt": "Territories, the language told by the prompt",
     "territories-examples": "Territories, the language told by examples",
     "territories-instruction": "Territories, the language told to the adapter alone",
+    "gsm8k-prompt": "GSM8K",
+    "articles-prompt": "Articles of five topics",
 }
 Runs = Mapping[int, dict]  # records by seed
 

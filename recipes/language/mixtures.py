@@ -1,4 +1,4 @@
-"""Mixtures of eight languages that a real model is fine-tuned on: one input, and another output in every language.
+"""What a real model is fine-tuned on: mixtures of eight languages, one input and another output in each, and texts.
 
 pip install num2words==0.5.14 babel==2.18.0
 """
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+
+from recipes.language.texts import TEXTS, text_data
 
 LANGUAGES = {  # by code
     "de": "German",
@@ -46,6 +48,21 @@ def split(mixture: str, validation: int, test: int) -> tuple[list[str], ...]:
     names = list(items(mixture))
     random.Random(SEED).shuffle(names)
     return names[validation + test :], names[:validation], names[validation : validation + test]
+
+
+def condition_data(condition: str, validation: int, test: int, gsm8k: str) -> tuple[Dataset, Dataset, Dataset]:
+    """Examples for training, validation and test.
+
+    Args:
+        condition: a mixture of languages and its telling, or texts and "prompt": "numbers-examples", "gsm8k-prompt".
+        validation: number of items that are held out to choose by, in eight languages, or of as many texts.
+        test: of those that are held out to show.
+        gsm8k: Hub id of GSM8K, or its folder.
+    """
+    name, telling = condition.split("-")
+    if name in TEXTS:
+        return text_data(name, len(LANGUAGES) * validation, len(LANGUAGES) * test, gsm8k)
+    return mixture_data(name, telling, validation, test)
 
 
 def mixture_data(mixture: str, telling: str, validation: int, test: int) -> tuple[Dataset, Dataset, Dataset]:

