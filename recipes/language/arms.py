@@ -25,6 +25,7 @@ class Arm:
         fields: of `method`.
         is_told: whether its routes are given: one atom per task.
         is_each: whether each task has an adapter of its own.
+        lr_factors: by part of a tensor's name, what its learning rate is multiplied by, on the tiny model.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Arm:
     fields: Mapping[str, Any] = field(default_factory=dict)
     is_told: bool = False
     is_each: bool = False
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_ours(self) -> bool:
@@ -68,6 +70,7 @@ ARMS = {
     "oracle": Arm("ours, one atom per task", is_told=True),
     # Variants, to choose defaults by
     "scale-0.1": Arm("ours, keys at 0.1", fields={"init_router_scale": 0.1}),
+    "router-10": Arm("router's rate x 10", lr_factors={"router.default.atoms": 1.0, "router": 10.0}),
     "temperature-0.3": Arm("keys at 0.3, T_attn 0.3", fields=SMALL_KEYS | {"attention_temperature": 0.3}),
     "atoms-0.3": Arm("keys at 0.3, atoms at 0.3", fields=SMALL_KEYS | {"init_atom_scale": 0.3}),
     "atoms-3": Arm("keys at 0.3, atoms at 3", fields=SMALL_KEYS | {"init_atom_scale": 3.0}),

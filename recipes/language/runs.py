@@ -70,7 +70,7 @@ class Runs:
             steps = self.setting.steps if len(stages) == 1 else self.setting.stage_steps
             batch = self.setting.batch
             lines = self.stream(stage, batch, TRAIN)
-            train(self.stacked, self.job.lr, steps, lines, self.tasks(stage, batch), advance)
+            train(self.stacked, self.job.lr, steps, lines, self.tasks(stage, batch), advance, self.arm.lr_factors)
             if len(stages) > 1:
                 matrix.append(self.losses(TEST))
                 if self.arm.is_routed:

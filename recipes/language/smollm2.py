@@ -38,7 +38,8 @@ from recipes.language.tables import report
 from recipes.language.texts import TEXTS
 from recipes.language.trl_runs import RealSetting, finetune
 
-OWN_ARMS = [name for name, arm in ARMS.items() if not (arm.is_told or arm.is_each)]  # those that need no stacking
+# Those that need no stacking
+OWN_ARMS = [name for name, arm in ARMS.items() if not (arm.is_told or arm.is_each or arm.lr_factors)]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def train(
     lines: Callable[[], Tensor],
     tasks: Tensor,
     advance: Callable[[], object],
-    lr_factors: Mapping[str, float] | None = None,
+    lr_factors: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """AdamW with warm-up and decay; AdamW works element by element, so stacked runs train as they would alone.
 
@@ -114,7 +115,7 @@ def train(
     learned = list(stacked.learned.values())
     groups = defaultdict(list)
     for name, p in stacked.learned.items():
-        groups[next((factor for part, factor in (lr_factors or {}).items() if part in name), 1.0)].append(p)
+        groups[next((factor for part, factor in lr_factors.items() if part in name), 1.0)].append(p)
     params = [{"params": group, "lr": lr * factor} for factor, group in groups.items()]
     optimizer = torch.optim.AdamW(params, weight_decay=0.0, fused=True)
     warm_up = max(round(WARM_UP * steps), 1)

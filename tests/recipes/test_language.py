@@ -89,6 +89,21 @@ def test_a_stacked_model_is_its_models(arm):
     torch.testing.assert_close(stacked.losses(told.expand(2, -1, -1), tasks)[0], expected)
 
 
+def test_a_router_with_a_rate_of_its_own():
+    """A step of Adam is as long as the rate: ten times as long in keys, priors and queries alone."""
+    setting = replace(SETTING, steps=2)  # in the first, B is zero and the router has no gradient
+    steps = {}
+    for arm in ("scale-1", "router-10"):
+        trained = Runs(setting, Job("first", 2, arm, 1e-4), [0], bases(0))
+        before = {name: p.clone() for name, p in trained.stacked.learned.items()}
+        trained.train(lambda: None)
+        steps[arm] = {name: (p - before[name]).abs().max() for name, p in trained.stacked.learned.items()}
+    for name, step in steps["scale-1"].items():
+        factor = 10 if "router" in name and "atoms" not in name else 1
+        torch.testing.assert_close(steps["router-10"][name], factor * step, rtol=0.01, atol=0, msg=name)
+    assert any(step > 0 for name, step in steps["router-10"].items() if "keys" in name)
+
+
 def test_each_task_has_its_own_adapter():
     """With a model per task, it gets the lines of its task alone, and they are those of all other arms."""
     each, one = runs("lora-each", 0, 1, condition="token"), runs("lora", 0, 1, condition="token")
