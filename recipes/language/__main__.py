@@ -16,21 +16,20 @@ Every finished run is a line of OUTPUT/runs.jsonl, and an interrupted command go
 `python -m recipes.language.tables` makes the tables again.
 """
 
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
 from recipes.common.workers import Workers
-from recipes.language.arguments import FIRST_CHOOSING_SEED, QUICK, QUICK_SETTING, Arguments, Setting
+from recipes.language.arguments import FIRST_CHOOSING_SEED, QUICK, Arguments, setting_of
 from recipes.language.jobs import finetune_missing, missing_runs, pretrain_missing
 from recipes.language.runs import Job
 from recipes.language.tables import report
 
 
 def main(args: Arguments) -> None:
-    setting = replace(Setting(), **QUICK_SETTING if args.quick else {})
+    setting = setting_of(args)
     name = ("quick-" if args.quick else "") + ("choosing" if args.choosing else "runs")
     results = Path(args.output_dir, f"{name}.jsonl")
     results.parent.mkdir(parents=True, exist_ok=True)

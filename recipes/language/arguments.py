@@ -1,7 +1,7 @@
 """The arguments of the recipe, and the sizes of its trainings."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from recipes.language.arms import SHOWN, STACKED
 from recipes.language.skills import CONDITIONS
@@ -35,7 +35,16 @@ class JobArguments:
         default=os.cpu_count() or 1,
         metadata={"help": "Stacked models that train side by side, each on one thread."},
     )
+    steps: int | None = field(
+        default=None,
+        metadata={"help": f"Steps of a fine-tuning, {Setting.steps} by default; others need another --output_dir."},
+    )
     quick: bool = field(default=False, metadata={"help": "A few steps of a few arms: to see that it runs."})
+
+
+def setting_of(args: JobArguments) -> Setting:
+    setting = replace(Setting(), **QUICK_SETTING if args.quick else {})
+    return setting if args.steps is None else replace(setting, steps=args.steps)
 
 
 @dataclass

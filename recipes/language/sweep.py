@@ -17,7 +17,7 @@ Every finished run is a line of OUTPUT/sweep.jsonl, and an interrupted command g
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 from recipes.common.figures import plt, save
 from recipes.common.report import fill_place, markdown_table
 from recipes.common.workers import Workers
-from recipes.language.arguments import QUICK_SETTING, JobArguments, Setting
+from recipes.language.arguments import JobArguments, setting_of
 from recipes.language.arms import MIXING
 from recipes.language.comparisons import TITLES, Runs, geometric_mean, interval, mean, ratio
 from recipes.language.jobs import finetune_missing, missing_runs, pretrain_missing
@@ -58,7 +58,7 @@ class SweepArguments(JobArguments):
 
 
 def main(args: SweepArguments) -> None:
-    setting = replace(Setting(), **QUICK_SETTING if args.quick else {})
+    setting = setting_of(args)
     results = Path(args.output_dir, f"{'quick-' if args.quick else ''}sweep.jsonl")
     results.parent.mkdir(parents=True, exist_ok=True)
     sizes = [(r, M, k) for r, M, k in product(args.ranks, args.atoms, args.top_k) if k <= M]

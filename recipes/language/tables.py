@@ -71,7 +71,7 @@ def unbroken(text: str) -> str:
 def plot(found: Mapping[tuple[str, int], Mapping[str, Best]], rank: int, path: Path) -> None:
     """Ratios to LoRA with their intervals: one panel per way of telling the task."""
     panels = {condition: arms for (condition, r), arms in found.items() if r == rank and "lora" in arms}
-    if not panels:
+    if all(len(arms) == 1 for arms in panels.values()):  # nothing to compare
         return
     names = [arm for arm in ARMS if arm != "lora" and any(arm in arms for arms in panels.values())]
     figure, grid = plt.subplots(

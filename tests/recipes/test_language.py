@@ -244,7 +244,13 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
     assert (redone["arm"], redone["seed"]) == keys[3]
     assert redone["test"] == pytest.approx(missing["test"], rel=1e-4)
     with pytest.raises(SystemExit, match="another setting: remove it"):
-        finished(results, asdict(replace(SETTING, steps=5)))
+        recipe.main(Arguments(str(tmp_path), processes=1, quick=True, steps=5, **QUICK))
+
+
+def test_the_command_trains_for_as_many_steps_as_it_is_told(tmp_path):
+    recipe.main(Arguments(str(tmp_path), processes=1, quick=True, steps=5, **QUICK | {"arms": ["lora"], "seeds": 1}))
+    (longer,) = map(json.loads, (tmp_path / "quick-runs.jsonl").read_text().splitlines())
+    assert longer["setting"] == asdict(replace(SETTING, steps=5))
 
 
 def record(arm, seed, lr, validation, test, **setting):
