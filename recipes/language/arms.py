@@ -25,6 +25,7 @@ class Arm:
         fields: of `method`.
         is_told: whether its routes are given: one atom per task.
         is_each: whether each task has an adapter of its own.
+        is_prompted: whether the adapter's instruction is the prompt, on the real model.
         lr_factors: by part of a tensor's name, what its learning rate is multiplied by, on the tiny model.
     """
 
@@ -34,6 +35,7 @@ class Arm:
     fields: Mapping[str, Any] = field(default_factory=dict)
     is_told: bool = False
     is_each: bool = False
+    is_prompted: bool = False
     lr_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -66,6 +68,7 @@ ARMS = {
     "static": Arm("ours, static", fields={"query_terms": ()}),
     "scale-1": Arm("ours, keys at 1", fields={"init_router_scale": 1.0}),
     "scale-0.3": Arm("ours, keys at 0.3", fields=SMALL_KEYS),
+    "prompted": Arm("ours, told the prompt", is_prompted=True),
     "prompt": Arm("ours, scope `prompt`", fields={"routing_scope": "prompt"}),
     "oracle": Arm("ours, one atom per task", is_told=True),
     # Variants, to choose defaults by
@@ -79,7 +82,9 @@ ARMS = {
     "64-atoms": Arm("keys at 0.3, 64 atoms", fields=SMALL_KEYS | {"num_atoms": 64}),
 }
 MIXING = re.compile(r"M(\d+)-k(\d+)")  # names of arms of a sweep
-STACKED = tuple(name for name, arm in ARMS.items() if arm.method in (LoraConfig, QueryableLoraConfig))
+STACKED = tuple(
+    n for n, arm in ARMS.items() if arm.method in (LoraConfig, QueryableLoraConfig) and not arm.is_prompted
+)
 SHOWN = STACKED[: STACKED.index("oracle") + 1]
 
 

@@ -40,9 +40,12 @@ class RealSetting:
 
 def finetune(setting: RealSetting, run: Run, gsm8k: str, steps: Queue) -> dict[str, Any]:
     """Train and measure; `gsm8k` is where the data of that name are."""
-    train, validation, test = condition_data(run.condition, setting.validation, setting.test, gsm8k)
+    parts = condition_data(run.condition, setting.validation, setting.test, gsm8k)
     arm = ARMS[run.arm]
-    is_told = run.condition.endswith("-instruction") and arm.is_routed
+    if arm.is_prompted:
+        parts = (part.map(lambda row: {"instruction": row["prompt"]}) for part in parts)
+    train, validation, test = parts
+    is_told = arm.is_prompted or (run.condition.endswith("-instruction") and arm.is_routed)
     kept = ["prompt", "completion", *["instruction"] * is_told, *["task"] * arm.takes_tasks]
     told = {"instruction_encoder": setting.encoder or str(minilm_folder())} if is_told else {}
     with TemporaryDirectory() as folder:

@@ -11,6 +11,8 @@ from helpers.recipes import run, save_model
 from peft import get_peft_model
 from torch.nn import functional as F
 
+from peft_queryable import use_instruction_column
+from recipes.language import trl_runs
 from recipes.language.arms import ARMS, adapter_config
 from recipes.language.mixtures import LANGUAGES, MIXTURES, TELLINGS, WithTasks, condition_data, mixture_data, split
 from recipes.language.records import Run
@@ -133,6 +135,22 @@ def test_the_command_measures_and_goes_on(tmp_path):
     added = {record["arm"]: record["test"] for record in map(json.loads, again.splitlines()[2:])}
     assert set(added) == {"dora", "lily", "poly", "static"} and all(0 < loss < 20 for loss in added.values())
     assert len({lora["test"], *added.values()}) == 5
+
+
+def test_an_adapter_that_is_told_the_prompt(model_folder, gsm8k, monkeypatch):
+    """Its instruction is the prompt, word for word, in training and in every measurement; LoRA is told nothing."""
+    told = []
+    monkeypatch.setattr(
+        trl_runs, "use_instruction_column", lambda trainer: told.append(trainer) or use_instruction_column(trainer)
+    )
+    setting = RealSetting(str(model_folder), "backbone", 1, 4, 1, 2, False)
+    record = finetune(setting, Run("gsm8k-prompt", 4, "prompted", 0.01, 0), gsm8k, Queue())
+    (trainer,) = told
+    for rows in (trainer.train_dataset, *trainer.eval_dataset.values()):
+        assert rows["instruction"] == rows["prompt"] and len(set(rows["prompt"])) == len(rows)
+    assert 0 < record["shuffled"] < 20
+    finetune(setting, Run("gsm8k-prompt", 4, "lora", 0.01, 0), gsm8k, Queue())
+    assert len(told) == 1
 
 
 def test_poly_is_given_each_examples_task():
