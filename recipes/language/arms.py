@@ -1,7 +1,7 @@
 """What is compared: LoRA and its relatives, our method, and our method with a part taken away."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ class Arm:
         fields: of `method`.
         is_told: whether its routes are given: one atom per task.
         is_each: whether each task has an adapter of its own.
-        is_prompted: whether the adapter's instruction is the prompt, on the real model.
+        is_prompted: whether the adapter's instruction is the prompt.
         lr_factors: by part of a tensor's name, what its learning rate is multiplied by, on the tiny model.
     """
 
@@ -82,9 +82,7 @@ ARMS = {
     "64-atoms": Arm("keys at 0.3, 64 atoms", fields=SMALL_KEYS | {"num_atoms": 64}),
 }
 MIXING = re.compile(r"M(\d+)-k(\d+)")  # names of arms of a sweep
-STACKED = tuple(
-    n for n, arm in ARMS.items() if arm.method in (LoraConfig, QueryableLoraConfig) and not arm.is_prompted
-)
+STACKED = tuple(name for name, arm in ARMS.items() if arm.method in (LoraConfig, QueryableLoraConfig))
 SHOWN = STACKED[: STACKED.index("oracle") + 1]
 
 
@@ -98,7 +96,11 @@ def find(name: str) -> Arm:
 
 def attach(arm: Arm, base: nn.Module, rank: int, condition: str) -> PeftModel:
     """`base`, changed in place, with a new adapter."""
-    told = {"instruction_dim": INSTRUCTIONS.shape[1]} if takes_instruction(arm, condition) else {}
+    told = {}
+    if arm.is_prompted:
+        told["instruction_dim"] = base.config.hidden_size
+    elif takes_instruction(arm, condition):
+        told["instruction_dim"] = INSTRUCTIONS.shape[1]
     return get_peft_model(base, adapter_config(arm, rank, **told))
 
 
@@ -113,14 +115,20 @@ def takes_instruction(arm: Arm, condition: str) -> bool:
     return condition == "instruction" and arm.is_routed
 
 
-def inputs(arm: Arm, condition: str, tasks: Tensor) -> dict[str, Tensor]:
-    """What a call of the arm's model gets beside its lines, whose tasks are `tasks` [n]."""
+def inputs(
+    arm: Arm, condition: str, prompt_states: Callable[[Tensor], Tensor] | None, lines: Tensor, tasks: Tensor
+) -> dict[str, Tensor]:
+    """What calls of the arm's R models get beside their lines [R, n, 15], of `tasks` [n], as `Stacked` takes it.
+
+    `prompt_states` makes the instructions of an arm that is told the prompt.
+    """
     given = {}
-    if takes_instruction(arm, condition):
-        given["instruction_embeds"] = INSTRUCTIONS[tasks]
+    if prompt_states is not None:
+        given["instruction_embeds"] = prompt_states(lines)
+    elif takes_instruction(arm, condition):
+        given["instruction_embeds"] = INSTRUCTIONS[tasks].expand(len(lines), -1, -1)
     if arm.fields.get("routing_scope") == "prompt":
-        positions = torch.arange(2 * PROMPT - 2)
-        given["prompt_mask"] = (positions <= PROMPT).expand(len(tasks), -1)
+        given["prompt_mask"] = (torch.arange(2 * PROMPT - 2) <= PROMPT).expand(len(tasks), -1)
     return given
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recipes.language.arguments import Setting
 from recipes.language.arms import attach, find, inputs, routing
+from recipes.language.prompted import PromptStates
 from recipes.language.routes import shuffled, told_by
 from recipes.language.skills import TASKS, stages_of, task_lines, tasks_of
 from recipes.language.stacked import Stacked, is_exact, train
@@ -45,7 +46,9 @@ class Runs:
                 torch.manual_seed(1000 * i + seed)
                 models.append(attach(self.arm, copy.deepcopy(base), job.rank, job.condition))
         self.usages: list[Tensor] = []  # after each stage, if there are several: of all tasks, [R, tasks, blocks, M]
-        self.stacked = Stacked(models, partial(inputs, self.arm, job.condition), partial(routing, self.arm))
+        prompt_states = PromptStates(bases, job.condition) if self.arm.is_prompted else None
+        given = partial(inputs, self.arm, job.condition, prompt_states)
+        self.stacked = Stacked(models, given, partial(routing, self.arm))
 
     def tasks(self, stage: int, n: int) -> Tensor:
         """The tasks of n lines, as each model gets them."""

@@ -23,14 +23,15 @@ class Stacked:
 
     Args:
         models: the models.
-        inputs: what a call gets beside its lines, by their tasks [n].
+        inputs: what a call gets beside its lines [R, n, 15], of tasks [n]: by name, tensors [n, ...] for all models,
+            or `instruction_embeds` [R, n, d].
         routing: a context for calls, by the model and the tasks.
     """
 
     def __init__(
         self,
         models: Sequence[nn.Module],
-        inputs: Callable[[Tensor], dict[str, Tensor]] = lambda tasks: {},
+        inputs: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda lines, tasks: {},
         routing: Callable[[nn.Module, Tensor], AbstractContextManager[None]] = lambda model, tasks: nullcontext(),
     ) -> None:
         self.parameters, self.buffers = stack_module_state(models)  # [R, ...] each
@@ -66,16 +67,19 @@ class Stacked:
 
     def _each(self, function: Callable[[Tensor, Tensor], Tensor], lines: Tensor, tasks: Tensor) -> Tensor:
         """`function` of each model's logits [n, 14, V] and lines [n, 15]."""
-        given = self.inputs(tasks)
 
-        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], lines: Tensor) -> Tensor:
+        def one(
+            parameters: dict[str, Tensor], buffers: dict[str, Tensor], lines: Tensor, given: dict[str, Tensor]
+        ) -> Tensor:
             # Shared modules have one name among the parameters; tied names would leave stacked tensors behind.
             inputs = {"input_ids": lines[:, :-1], **given}
             output = functional_call(self.template, (parameters, buffers), (), inputs, tie_weights=False)
             return function(output.logits, lines)
 
         with self.routing(self.template, tasks):
-            return vmap(one)(self.parameters, self.buffers, lines)
+            given = self.inputs(lines, tasks)
+            dims = {name: 0 if name == "instruction_embeds" else None for name in given}
+            return vmap(one, (0, 0, 0, dims))(self.parameters, self.buffers, lines, given)
 
     def losses(self, lines: Tensor, tasks: Tensor) -> Tensor:
         """Mean loss of each line's answers, [R, n]."""

@@ -74,7 +74,7 @@ def test_stacked_runs_train_as_they_would_alone(arm):
     assert stacked[0] != stacked[1]
 
 
-@pytest.mark.parametrize("arm", ["lora", "scale-1", "prompt", "oracle"])
+@pytest.mark.parametrize("arm", ["lora", "scale-1", "prompted", "prompt", "oracle"])
 def test_a_stacked_model_is_its_models(arm):
     """Losses of the stack are those of its first model, called by itself."""
     stacked = runs(arm, 0, 1).stacked
@@ -84,7 +84,9 @@ def test_a_stacked_model_is_its_models(arm):
     model = stacked.template.eval()
     model.load_state_dict({name: tensor[0] for name, tensor in stacked.parameters.items()}, strict=False)
     with torch.no_grad(), stacked.routing(model, tasks):
-        logits = model(input_ids=told[:, :-1], **stacked.inputs(tasks)).logits
+        given = stacked.inputs(told.expand(2, -1, -1), tasks)
+        given |= {name: given[name][0] for name in given if name == "instruction_embeds"}
+        logits = model(input_ids=told[:, :-1], **given).logits
     expected = answer_loss(logits[:, PROMPT:], told[:, PROMPT + 1 :])
     torch.testing.assert_close(stacked.losses(told.expand(2, -1, -1), tasks)[0], expected)
 
@@ -138,10 +140,25 @@ def test_instructions_reach_routed_arms_alone():
     """Where only the adapter is told, LoRA and static routes know nothing, and the routes of ours know all."""
     for arm, is_told in {"lora": False, "static": False, "scale-1": True, "oracle": False}.items():
         told = runs(arm, 0, condition="instruction")
-        assert ("instruction_embeds" in told.stacked.inputs(torch.arange(8))) == is_told
+        lines, tasks = told.stream(0, 8, TEST)(), told.tasks(0, 8)
+        assert ("instruction_embeds" in told.stacked.inputs(lines, tasks)) == is_told
     (routes,) = runs("scale-1", 0, condition="instruction").routes()
     (untold,) = runs("scale-1", 0, condition="single").routes()
     assert routes["mi_task"] > 0.5 and untold["mi_task"] == pytest.approx(0, abs=1e-9)
+
+
+def test_an_adapter_that_is_told_the_prompt():
+    """Its instruction is the base's mean last state of the prompt alone, centred and scaled by other lines'."""
+    told = runs("prompted", 0, 1)
+    lines, tasks = told.stream(0, 256, TEST)(), told.tasks(0, 256)
+    embeddings = told.stacked.inputs(lines, tasks)["instruction_embeds"]
+    assert embeddings.mean(1).abs().max() < 0.5 and embeddings.std(1).sub(1).abs().max() < 0.5
+    for line, own, base in zip(lines, embeddings, bases(0, 1), strict=True):
+        states = base.model(line[:, : PROMPT + 1]).last_hidden_state.mean(1).detach()
+        centred = [(each - each.mean(0)) / each.std(0) for each in (states, own)]
+        torch.testing.assert_close(*centred, rtol=0, atol=1e-3)
+    (routes,) = runs("prompted", 0).routes()
+    assert routes["mi_task"] > 0.1
 
 
 def test_forgetting_is_measured_after_every_stage():
