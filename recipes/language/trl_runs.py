@@ -40,13 +40,11 @@ class RealSetting:
 
 def finetune(setting: RealSetting, run: Run, gsm8k: str, steps: Queue) -> dict[str, Any]:
     """Train and measure; `gsm8k` is where the data of that name are."""
-    parts = condition_data(run.condition, setting.validation, setting.test, gsm8k)
+    train, validation, test = condition_data(run.condition, setting.validation, setting.test, gsm8k)
     arm = ARMS[run.arm]
-    if arm.is_prompted:
-        parts = (part.map(lambda row: {"instruction": row["prompt"]}) for part in parts)
-    train, validation, test = parts
-    is_told = arm.is_prompted or (run.condition.endswith("-instruction") and arm.is_routed)
-    kept = ["prompt", "completion", *["instruction"] * is_told, *["task"] * arm.takes_tasks]
+    is_instructed = run.condition.endswith("-instruction") and arm.is_routed
+    is_told = is_instructed or arm.is_prompted
+    kept = ["prompt", "completion", *["instruction"] * is_instructed, *["task"] * arm.takes_tasks]
     told = {"instruction_encoder": setting.encoder or str(minilm_folder())} if is_told else {}
     with TemporaryDirectory() as folder:
         trainer = make_trainer(
@@ -59,7 +57,7 @@ def finetune(setting: RealSetting, run: Run, gsm8k: str, steps: Queue) -> dict[s
         )
         model = trainer.model
         if is_told:
-            use_instruction_column(trainer)
+            use_instruction_column(trainer, "prompt" if arm.is_prompted else "instruction")
         if arm.takes_tasks:
             trainer.data_collator = WithTasks(trainer.data_collator)
         trainer.add_callback(StepCounter(steps))

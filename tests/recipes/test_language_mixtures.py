@@ -137,20 +137,25 @@ def test_the_command_measures_and_goes_on(tmp_path):
     assert len({lora["test"], *added.values()}) == 5
 
 
-def test_an_adapter_that_is_told_the_prompt(model_folder, gsm8k, monkeypatch):
-    """Its instruction is the prompt, word for word, in training and in every measurement; LoRA is told nothing."""
+@pytest.mark.parametrize(
+    ("arm", "telling", "column"),
+    [("prompted", "prompt", "prompt"), ("scale-1", "instruction", "instruction"), ("lora", "instruction", None)],
+)
+def test_what_an_adapter_is_told(model_folder, monkeypatch, arm, telling, column):
+    """The prompt, word for word, the instruction, or nothing, in training and in every measurement."""
     told = []
-    monkeypatch.setattr(
-        trl_runs, "use_instruction_column", lambda trainer: told.append(trainer) or use_instruction_column(trainer)
-    )
-    setting = RealSetting(str(model_folder), "backbone", 1, 4, 1, 2, False)
-    record = finetune(setting, Run("gsm8k-prompt", 4, "prompted", 0.01, 0), gsm8k, Queue())
-    (trainer,) = told
-    for rows in (trainer.train_dataset, *trainer.eval_dataset.values()):
-        assert rows["instruction"] == rows["prompt"] and len(set(rows["prompt"])) == len(rows)
-    assert 0 < record["shuffled"] < 20
-    finetune(setting, Run("gsm8k-prompt", 4, "lora", 0.01, 0), gsm8k, Queue())
-    assert len(told) == 1
+
+    def use(trainer, column):
+        told.append((trainer, column))
+        use_instruction_column(trainer, column)
+
+    monkeypatch.setattr(trl_runs, "use_instruction_column", use)
+    setting = RealSetting(str(model_folder), "backbone", 1, 4, 1, 1, False)
+    finetune(setting, Run(f"numbers-{telling}", 4, arm, 0.01, 0), "", Queue())
+    assert [given for _, given in told] == [column] * (column is not None)
+    for trainer, _ in told:
+        for rows in (trainer.train_dataset, *trainer.eval_dataset.values()):
+            assert all(any(language in text for language in LANGUAGES.values()) for text in rows[column])
 
 
 def test_poly_is_given_each_examples_task():
