@@ -3,7 +3,7 @@
 # ///
 """When does the method beat LoRA on a language model? A tiny one, pre-trained here, and thousands of paired runs.
 
-# All of it: seven ways of telling a task, ten arms, two ranks, four rates, ten seeds
+# All of it: seven ways of telling a task, eleven arms, two ranks, four rates, ten seeds
 python -m recipes.language
 
 # A part of it; the next command adds to it
