@@ -46,6 +46,8 @@ def items(mixture: str) -> dict[str, dict[str, str]]:
 def split(mixture: str, validation: int, test: int) -> tuple[list[str], ...]:
     """The items of training, validation and test: no item is in two of them."""
     names = list(items(mixture))
+    if len(names) <= validation + test:
+        raise SystemExit(f"{mixture} has {len(names)} items: lower --validation {validation} or --test {test}.")
     random.Random(SEED).shuffle(names)
     return names[validation + test :], names[:validation], names[validation : validation + test]
 

@@ -44,6 +44,7 @@ def articles(held_out: int) -> tuple[list[dict], list[dict]]:
 def leads(folder: Path) -> Iterator[dict]:
     for task, topic in enumerate(sorted(folder.iterdir())):
         for path in sorted(topic.glob("*.txt")):
+            # One article has a pound sign in another encoding
             headline, lead = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[:2]
             yield {"prompt": f"{headline.strip()}\n", "completion": lead.strip(), "task": task}
 
@@ -59,4 +60,9 @@ def text_data(name: str, validation: int, test: int, gsm8k_source: str) -> tuple
     """
     size = validation + test
     train, held_out = gsm8k(gsm8k_source, size) if name == "gsm8k" else articles(size)
+    if not train or len(held_out) < size:
+        raise SystemExit(
+            f"{name} has {len(held_out)} examples to hold out, not {validation} and {test}: lower --validation or "
+            "--test, which are in eights here."
+        )
     return tuple(map(Dataset.from_list, (train, held_out[:validation], held_out[validation:])))

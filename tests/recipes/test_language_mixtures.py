@@ -62,6 +62,15 @@ def test_gsm8k_is_held_out_from_its_own_test_rows(gsm8k):
     assert test["completion"] == [f" <<{n}={n}>>\n#### {n}" for n in range(8, 24)]
 
 
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [("gsm8k-prompt", "has 30 examples to hold out, not 8 and 8000"), ("numbers-prompt", "has 1000 items: lower")],
+)
+def test_more_is_not_held_out_than_there_is(gsm8k, condition, message):
+    with pytest.raises(SystemExit, match=message):
+        condition_data(condition, 1, 1000, gsm8k)
+
+
 def test_articles_occur_once(tmp_path, monkeypatch):
     """Neither a headline nor a first paragraph is in two parts; the task is the topic."""
     monkeypatch.syspath_prepend(tmp_path)
