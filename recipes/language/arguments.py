@@ -37,7 +37,10 @@ class JobArguments:
     )
     steps: int | None = field(
         default=None,
-        metadata={"help": f"Steps of a fine-tuning, {Setting.steps} by default; others need another --output_dir."},
+        metadata={
+            "help": f"Steps of a fine-tuning, {Setting.steps} by default, but not of one task after another; "
+            "others need another --output_dir."
+        },
     )
     quick: bool = field(default=False, metadata={"help": "A few steps of a few arms: to see that it runs."})
 
